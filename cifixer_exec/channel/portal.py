@@ -1,0 +1,106 @@
+"""One event loop per process, in a thread of its own, behind calls that any thread may make.
+
+Sockets to sandboxes and Redis belong to that loop, so nothing is shared between threads.
+The loop is made on first use and forgotten in a forked child (a loop does not survive a fork).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+class Portal:
+    """Runs coroutines on a background event loop for callers that have none."""
+
+    def __init__(self, name: str = "cifixer-loop") -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` on the loop; the future can be cancelled."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` to its end and return its result. An interrupted caller (Ctrl-C) cancels it.
+
+        Raises:
+            RuntimeError: called from the loop's own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError("this call blocks, and was made on the event loop it would wait for: use the async API there")
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
+        """The items of ``source``, one by one, in the caller's thread; ``source`` is closed when the caller stops."""
+
+        async def following() -> Any:
+            return await anext(source, _END)
+
+        async def close() -> None:
+            aclose = getattr(source, "aclose", None)
+            if aclose is not None:
+                await aclose()
+
+        try:
+            while (item := self.call(following())) is not _END:
+                yield item
+        finally:
+            self.call(close())
+
+    def stop(self) -> None:
+        """End the loop and its thread; what still runs is cancelled."""
+        if self.loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(timeout=5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=5)
+        self.loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_lock = threading.Lock()
+_portals: dict[int, Portal] = {}
+
+
+def process_portal() -> Portal:
+    """The portal of this process, made on first use."""
+    with _lock:
+        pid = os.getpid()
+        if pid not in _portals:
+            _portals.clear()
+            _portals[pid] = Portal()
+        return _portals[pid]
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603  # the parent's lock may be held by a thread that the child does not have
+    _lock = threading.Lock()
+    _portals.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

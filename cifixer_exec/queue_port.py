@@ -1,0 +1,114 @@
+"""A sandbox through the queue: every call is an op in the journal, carried out by the worker that owns the sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from cifixer_exec.channel.frames import Answer
+from cifixer_exec.errors import ExecutorError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.model import Command, Ended, ExecRecord, OutputChunk, SandboxSpec, Status
+from cifixer_exec.operations import commands_payload, new_op_id
+from cifixer_exec.queues import pool_queue
+from cifixer_exec.settings import AppConfig
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.records import End, NewOp, NewSandbox
+
+#: Output larger than this is dropped from Redis soon after its caller has it; less is not worth a round trip.
+COLLECT_ABOVE_BYTES = 64 * 1024
+
+
+class QueuePort:
+    """See :class:`cifixer_exec.environment.SandboxPort`. Used on one event loop."""
+
+    def __init__(self, journal: Journal, config: AppConfig, sandbox_id: str, spec: SandboxSpec | None) -> None:
+        self._journal = journal
+        self._config = config
+        self._sandbox_id = sandbox_id
+        self._spec = spec
+
+    async def check_exists(self) -> None:
+        """Raises SandboxNotFoundError, or SandboxLostError with the cause."""
+        record = await self._journal.sandbox(self._sandbox_id)
+        if record is None or record.state in ("closed", "closing"):
+            raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} is not registered: it was never made, or it was torn down")
+        if record.state == "lost":
+            raise SandboxLostError(f"sandbox {self._sandbox_id!r} is lost: {record.cause}")
+
+    async def create(self) -> None:
+        spec = self._spec
+        if spec is None:
+            raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} was attached to, so it cannot be initialised again")
+        created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
+        # The op id follows from the sandbox id, so that a repeated create is the same op.
+        await self._ask(NewOp(op_id=f"create-{self._sandbox_id}", sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s))
+
+    async def destroy(self) -> None:
+        await self._ask(self._op("destroy", {}))
+
+    async def start(self, op_id: str, commands: Sequence[Command]) -> None:
+        await self._journal.submit(self._command_op(op_id, commands))
+
+    async def run(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
+        source = self._journal.submit_and_follow(self._command_op(op_id, commands), patience_s=self._config.redis_patience_s)
+        async for item in self._until_end(op_id, source):
+            yield item
+
+    async def follow(self, op_id: str) -> AsyncGenerator[OutputChunk | Ended, None]:
+        async for item in self._until_end(op_id, self._journal.follow(op_id, patience_s=self._config.redis_patience_s)):
+            yield item
+
+    async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+        end = await self._ask(self._op(verb, arguments, body))
+        return Answer(end.result or {}, end.body)
+
+    async def cancel(self, op_id: str) -> None:
+        """Returns when the op is over: a running one has no process left then."""
+        if await self._journal.cancel(op_id) in ("queued", "running"):
+            async for _ in self._journal.follow(op_id, patience_s=self._config.redis_patience_s):
+                pass
+
+    async def extend(self, lifetime_s: float) -> None:
+        await self._ask(self._op("extend", {"lifetime_s": lifetime_s}))
+
+    async def close(self) -> None:
+        await self._journal.redis.aclose()
+
+    @property
+    def _wait_s(self) -> float:
+        return self._config.start_timeout_s
+
+    def _op(self, kind: str, payload: Mapping[str, Any], body: bytes = b"") -> NewOp:
+        return NewOp(op_id=new_op_id(), sandbox_id=self._sandbox_id, kind=kind, payload=payload, body=body, timeout_s=self._wait_s)
+
+    def _command_op(self, op_id: str, commands: Sequence[Command]) -> NewOp:
+        payload, body = commands_payload(commands)
+        return NewOp(op_id=op_id, sandbox_id=self._sandbox_id, kind="start", payload=payload, body=body, timeout_s=self._wait_s)
+
+    async def _ask(self, op: NewOp) -> End:
+        async for item in self._journal.submit_and_follow(op, patience_s=self._config.redis_patience_s):
+            if isinstance(item, End):
+                if item.error is not None:
+                    raise item.error
+                return item
+        raise ExecutorError(f"op {op.op_id} ended without an answer")
+
+    async def _until_end(self, op_id: str, source: AsyncIterator[OutputChunk | End]) -> AsyncGenerator[OutputChunk | Ended, None]:
+        size = 0
+        async for item in source:
+            if isinstance(item, OutputChunk):
+                size += len(item.data)
+                yield item
+                continue
+            if size > COLLECT_ABOVE_BYTES:
+                await self._journal.collected(op_id)
+            yield _ended(item)
+
+
+def _ended(end: End) -> Ended:
+    if end.error is not None:
+        raise end.error
+    if end.state == "cancelled":
+        return Ended(records=(ExecRecord(status=Status.KILLED, cause="it was cancelled before it started"),))
+    records = (end.result or {}).get("records") or []
+    return Ended(records=tuple(ExecRecord.from_json(r) for r in records))

@@ -1,0 +1,111 @@
+"""The second lock on every sandbox: what bears our labels and should not be there any more goes.
+
+Careful by construction: it acts only on what the platform lists *and* the registry does not know as live, nothing younger than
+the creation grace, at most ``limit`` per round, and a platform or registry that does not answer ends the round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.errors import BackendError
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.records import SandboxRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaped:
+    """What a round did (or, in a dry run, would do)."""
+
+    destroyed: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+class Reaper:
+    """One round for one backend and placement. Two rounds at once do no harm: every step is idempotent."""
+
+    def __init__(
+        self, *, journal: Journal, backend: Backend, creation_grace_s: float, limit: int = 100, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._journal = journal
+        self._backend = backend
+        self._grace_s = creation_grace_s
+        self._limit = limit
+        self._clock = clock
+
+    async def reap(self, *, dry_run: bool = False) -> Reaped:
+        """Destroy orphans and expired sandboxes of this placement, close entries whose sandbox is gone.
+
+        Raises:
+            BackendUnavailableError, QueueUnavailableError: nothing was done, because not everything is known.
+        """
+        # The platform first: what is created between the two looks is then in the registry, and not the other way round.
+        found = await asyncio.to_thread(self._backend.list_owned)
+        records = {r.sandbox_id: r for r in await self._journal.sandboxes()}
+        doomed = [o for o in found if self._is_doomed(o, records.get(o.handle.sandbox_id))][: self._limit]
+        dead = await self._dead(records, {o.handle.sandbox_id for o in found})
+        if dry_run:
+            return Reaped(destroyed=_ids(doomed), closed=tuple(sorted(dead)), dry_run=True)
+        destroyed, failed = await self._destroy(doomed, records)
+        for sandbox_id, cause in dead.items():
+            log.warning("reaped: sandbox %s is registered and gone: %s", sandbox_id, cause)
+            await self._journal.close(sandbox_id, state="lost", cause=cause)
+        return Reaped(destroyed=destroyed, closed=tuple(sorted(dead)), failed=failed)
+
+    def _is_doomed(self, owned: Owned, record: SandboxRecord | None) -> bool:
+        now = self._clock()
+        if now - owned.created_at_s < self._grace_s and record is None:
+            return False
+        expires_at_s = record.expires_ms / 1000 if record is not None else owned.expires_at_s
+        return record is None or now >= expires_at_s
+
+    async def _destroy(self, doomed: list[Owned], records: dict[str, SandboxRecord]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        destroyed, failed = [], []
+        for owned in doomed:
+            sandbox_id = owned.handle.sandbox_id
+            cause = "its lifetime ended" if sandbox_id in records else "it is unknown to the registry"
+            if sandbox_id not in records and await self._journal.sandbox(sandbox_id) is not None and await self._is_open(sandbox_id):
+                continue
+            try:
+                await asyncio.to_thread(self._backend.destroy, owned.handle)
+            except BackendError as error:
+                log.warning("sandbox %s could not be reaped: %s", sandbox_id, error)
+                failed.append(sandbox_id)
+                continue
+            log.warning("reaped: sandbox %s: %s", sandbox_id, cause)
+            await self._journal.close(sandbox_id, state="lost", cause=cause)
+            destroyed.append(sandbox_id)
+        return tuple(destroyed), tuple(failed)
+
+    async def _is_open(self, sandbox_id: str) -> bool:
+        """Asked again right before a removal: it may have been registered since the list was read."""
+        record = await self._journal.sandbox(sandbox_id)
+        return record is not None and record.state not in ("closed", "lost")
+
+    async def _dead(self, records: dict[str, SandboxRecord], listed: set[str]) -> dict[str, str]:
+        """Ready entries of this placement whose sandbox the platform does not list, or lists as dead."""
+        dead: dict[str, str] = {}
+        for record in records.values():
+            if record.backend != self._backend.name or record.placement != self._backend.placement or record.handle is None:
+                continue
+            if record.sandbox_id in listed and len(dead) + len(listed) > 1000:
+                continue  # a dead one that is still listed goes when it expires; asking for thousands would take too long
+            from cifixer_exec.model import SandboxHandle
+
+            inspection = await asyncio.to_thread(self._backend.inspect, SandboxHandle.from_json(record.handle))
+            if not inspection.alive:
+                dead[record.sandbox_id] = inspection.cause
+        return dead
+
+
+def _ids(owned: list[Owned]) -> tuple[str, ...]:
+    return tuple(o.handle.sandbox_id for o in owned)

@@ -1,0 +1,198 @@
+"""One sandbox through its channel: what a worker does for an op, and what direct use does without a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any
+
+from cifixer_exec.backends.base import Backend
+from cifixer_exec.channel.channel import Channel
+from cifixer_exec.channel.frames import Answer
+from cifixer_exec.errors import InvalidRequestError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.model import (
+    MAX_BODY_BYTES,
+    Command,
+    Ended,
+    ExecRecord,
+    Inspection,
+    OutputChunk,
+    SandboxHandle,
+    SandboxSpec,
+    Status,
+    Stream,
+    with_env,
+)
+from cifixer_exec.output import OutputGate
+
+#: The runner's verbs that may be asked for from outside; start, kill and extend have ways of their own.
+VERBS = frozenset(
+    {"status", "stdin", "signal", "forget", "write", "abort_write", "read", "stat", "list_files", "mkdir", "remove", "pack", "unpack", "stats"}
+)
+READ_OUTPUT = "read_output"
+
+
+class SandboxSession:
+    """A live sandbox and the channel to it, on one event loop."""
+
+    def __init__(
+        self, backend: Backend, handle: SandboxHandle, spec: SandboxSpec, *, epoch: int, client: str, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.backend = backend
+        self.handle = handle
+        self._env = spec.env
+        self._clock = clock
+        self.channel = Channel(
+            dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle)
+        )
+
+    async def inspect(self) -> Inspection:
+        """Alive or not; asks the platform in a thread."""
+        return await asyncio.to_thread(self.backend.inspect, self.handle)
+
+    async def run(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
+        """Run ``commands`` in order, stop behind the first that fails; output as it comes, bounded, then the records.
+
+        Known commands are attached to, not started again. A sandbox that dies is a record ``sandbox_lost``, not an error.
+        """
+        records: list[ExecRecord] = []
+        for index, command in enumerate(commands):
+            gate = OutputGate(command.output_limit_bytes)
+            async for item in self._run_one(op_id, index, with_env(command, self._env)):
+                if isinstance(item, ExecRecord):
+                    records.append(item)
+                elif (passed := gate.take(item)) is not None:
+                    yield passed
+            for chunk in gate.rest(index):
+                yield chunk
+            if not records[-1].ok:
+                break
+        yield Ended(records=tuple(records))
+
+    async def start(self, op_id: str, commands: Sequence[Command]) -> None:
+        """Start the first of ``commands``; :meth:`run` with the same ones goes on from there."""
+        await self.channel.start(f"{op_id}:0", with_env(commands[0], self._env))
+
+    async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+        """One of :data:`VERBS`, or ``read_output``.
+
+        Raises:
+            InvalidRequestError: another verb. Else as :meth:`Channel.request`.
+        """
+        if verb == READ_OUTPUT:
+            return await self._read_output(arguments)
+        if verb not in VERBS:
+            raise InvalidRequestError(f"operation {verb!r} is not known: take one of {', '.join(sorted(VERBS))}")
+        return await self.channel.request(verb, arguments, body)
+
+    async def kill(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
+        """Kill the process trees of all commands of an op that were started; returns when they are dead."""
+        for index in range(commands):
+            try:
+                await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
+            except InvalidRequestError as error:
+                if error.code != "op_unknown":
+                    raise
+                return
+
+    async def extend(self, lifetime_s: float) -> None:
+        """Let both deadlines, the runner's and the platform's, be ``lifetime_s`` from now."""
+        await self.channel.request("extend", {"expires_in_s": lifetime_s})
+        await asyncio.to_thread(self.backend.extend, self.handle, self._clock() + lifetime_s)
+
+    def close(self) -> None:
+        """Leave the sandbox as it is, for another owner."""
+        self.channel.close()
+
+    async def _run_one(self, op_id: str, index: int, command: Command) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+        try:
+            async for item in self.channel.run(f"{op_id}:{index}", command, index=index):
+                yield item
+        except SandboxLostError as error:
+            yield ExecRecord(status=Status.SANDBOX_LOST, cause=str(error))
+
+    async def _read_output(self, arguments: Mapping[str, Any]) -> Answer:
+        """A piece of one stream's spool: ``{op_id, stream, offset, length}`` → body, with its true ``offset``."""
+        stream, offset, length = Stream(arguments["stream"]), int(arguments["offset"]), int(arguments["length"])
+        offsets = (offset, 1 << 61) if stream is Stream.STDOUT else (1 << 61, offset)
+        found: list[OutputChunk] = []
+        source = self.channel.attach(str(arguments["op_id"]), offsets=offsets, follow=False)
+        async for item in source:
+            if isinstance(item, OutputChunk) and item.stream is stream:
+                found.append(item)
+                if sum(len(c.data) for c in found) >= min(length, MAX_BODY_BYTES):
+                    break
+        await source.aclose()
+        body = b"".join(c.data for c in found)[: min(length, MAX_BODY_BYTES)]
+        return Answer({"offset": found[0].offset if found else offset}, body)
+
+
+class DirectPort:
+    """A sandbox made and used by this process alone, without Redis. Its epoch is 0: any queue worker would fence it."""
+
+    def __init__(self, backend: Backend, spec: SandboxSpec, *, client: str, session: SandboxSession | None = None) -> None:
+        self._backend = backend
+        self._spec = spec
+        self._client = client
+        self._session = session
+        self._commands: dict[str, tuple[Command, ...]] = {}
+
+    @classmethod
+    async def attached(cls, backend: Backend, sandbox_id: str, *, client: str) -> DirectPort:
+        """A port to a sandbox that another process made directly.
+
+        Raises:
+            SandboxNotFoundError: none of this id lives here.
+        """
+        for owned in await asyncio.to_thread(backend.list_owned):
+            alive = owned.handle.sandbox_id == sandbox_id and (await asyncio.to_thread(backend.inspect, owned.handle)).alive
+            if alive:
+                spec = SandboxSpec(backend=backend.name, sandbox_id=sandbox_id)
+                return cls(backend, spec, client=client, session=SandboxSession(backend, owned.handle, spec, epoch=0, client=client))
+        raise SandboxNotFoundError(f"no sandbox {sandbox_id!r} lives on backend {backend.name!r} here")
+
+    async def create(self) -> None:
+        handle = await asyncio.to_thread(self._backend.create, self._spec)
+        self._session = SandboxSession(self._backend, handle, self._spec, epoch=0, client=self._client)
+
+    async def destroy(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+            await asyncio.to_thread(self._backend.destroy, session.handle)
+
+    async def start(self, op_id: str, commands: Sequence[Command]) -> None:
+        self._commands[op_id] = tuple(commands)
+        await self._live().start(op_id, commands)
+
+    def run(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
+        self._commands[op_id] = tuple(commands)
+        return self._live().run(op_id, commands)
+
+    async def follow(self, op_id: str) -> AsyncGenerator[OutputChunk | Ended, None]:
+        """A known op again from its first byte; one of another process as far as the runner knows it."""
+        if op_id in self._commands:
+            async for item in self._live().run(op_id, self._commands[op_id]):
+                yield item
+            return
+        async for part in self._live().channel.attach(f"{op_id}:0"):
+            yield Ended(records=(part,)) if isinstance(part, ExecRecord) else part
+
+    async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+        return await self._live().call(verb, arguments, body)
+
+    async def cancel(self, op_id: str) -> None:
+        await self._live().kill(op_id, len(self._commands.get(op_id, (None,))))
+
+    async def extend(self, lifetime_s: float) -> None:
+        await self._live().extend(lifetime_s)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def _live(self) -> SandboxSession:
+        if self._session is None:
+            raise SandboxNotFoundError(f"sandbox {self._spec.sandbox_id!r} is not there: it was never initialised, or it was torn down")
+        return self._session

@@ -1,0 +1,182 @@
+"""The configuration, and the only place that reads the environment.
+
+Every field of :class:`AppConfig` can be given in code or by the variable beside it in :data:`VARIABLES`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from cifixer_exec.errors import InvalidRequestError
+from cifixer_exec.model import MIB, check_env, check_timeout_s
+
+DISPATCH_MODES = ("queue", "direct")
+
+
+def default_state_dir() -> Path:
+    """Where the local backend keeps sockets and records of its sandboxes: per user, on a file system that a reboot empties."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if os.geteuid() == 0:
+        return Path("/run/cifixer-exec") if os.access("/run", os.W_OK) else Path("/tmp/cifixer-exec-0")  # noqa: S108
+    if runtime and os.access(runtime, os.W_OK):
+        return Path(runtime) / "cifixer-exec"
+    return Path(f"/tmp/cifixer-exec-{os.geteuid()}")  # noqa: S108
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig:
+    """All settings. ``None`` for a limit means the backend's default.
+
+    Raises:
+        InvalidRequestError: a value that cannot work, named with its remedy.
+    """
+
+    execution_backend: str = "local"
+    dispatch: str = "queue"
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = "cifixer"
+    redis_patience_s: float = 30.0
+    retention_s: float = 86_400.0
+    collected_s: float = 600.0
+
+    image: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    cpus: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    max_processes: int | None = None
+    network: str | None = None
+    readonly_paths: tuple[str, ...] = ()
+    lifetime_s: float = 3600.0
+    start_timeout_s: float = 120.0
+
+    command_timeout_s: float = 1800.0
+    output_limit_bytes: int = 16 * MIB
+    spool_limit_bytes: int = 128 * MIB
+
+    worker_concurrency: int = 256
+    worker_prefix: str = ""
+    lease_s: float = 6.0
+    drain_s: float = 20.0
+    reap_interval_s: float = 30.0
+    creation_grace_s: float = 120.0
+
+    state_dir: Path = field(default_factory=default_state_dir)
+    bwrap: str = ""
+    unsafe_no_isolation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dispatch not in DISPATCH_MODES:
+            raise InvalidRequestError(f"dispatch={self.dispatch!r} is not known: take one of {', '.join(DISPATCH_MODES)}")
+        if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
+            raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
+        if not self.namespace or any(c in self.namespace for c in "*?[]\\ "):
+            raise InvalidRequestError(f"namespace={self.namespace!r} is not usable: give a word without * ? [ ] \\ and spaces")
+        for name in ("lifetime_s", "start_timeout_s", "command_timeout_s", "lease_s", "redis_patience_s", "drain_s", "reap_interval_s"):
+            if check_timeout_s(getattr(self, name), name) is None:
+                raise InvalidRequestError(f"{name}=None is not usable: give seconds")
+        object.__setattr__(self, "env", check_env(self.env))
+        object.__setattr__(self, "readonly_paths", tuple(self.readonly_paths))
+        object.__setattr__(self, "state_dir", Path(self.state_dir).absolute())
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """The configuration from the environment (``CIFIXER_…``, see :data:`VARIABLES`), then ``overrides``.
+
+        Raises:
+            InvalidRequestError: a variable that cannot be read as its type.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for variable, (name, parse) in VARIABLES.items():
+            if environ.get(variable, "") == "":
+                continue
+            try:
+                values[name] = parse(environ[variable])
+            except ValueError as error:
+                raise InvalidRequestError(f"{variable}={environ[variable]!r} cannot be read: {error}") from None
+        return cls(**{**values, **overrides})
+
+    def to_env(self) -> dict[str, str]:
+        """The variables that make :meth:`from_env` in another process give this configuration."""
+        defaults = type(self)()
+        changed = {v: getattr(self, n) for v, (n, _) in VARIABLES.items() if getattr(self, n) != getattr(defaults, n)}
+        return {variable: _show(value) for variable, value in changed.items()}
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with ``changes``."""
+        return replace(self, **changes)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}={v}" for k, v in value.items())
+    if isinstance(value, tuple):
+        return os.pathsep.join(value)
+    return "" if value is None else str(value)
+
+
+def _size(text: str) -> int:
+    units = {"": 1, "k": 1024, "m": MIB, "g": 1024 * MIB}
+    number = text.strip().lower().removesuffix("ib").removesuffix("b")
+    unit = number[-1] if number[-1:].isalpha() else ""
+    if unit not in units:
+        raise ValueError("give a number of bytes, or one with K, M or G")
+    return int(float(number.removesuffix(unit)) * units[unit])
+
+
+def _flag(text: str) -> bool:
+    if text.strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError("give true or false")
+    return text.strip().lower() in ("1", "true", "yes", "on")
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    return tuple(p for p in text.split(os.pathsep) if p)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    if any("=" not in line for line in text.splitlines() if line):
+        raise ValueError("give NAME=VALUE lines")
+    return dict(line.split("=", 1) for line in text.splitlines() if line)
+
+
+#: variable → (field, how its text is read)
+VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "CIFIXER_BACKEND": ("execution_backend", str),
+    "CIFIXER_DISPATCH": ("dispatch", str),
+    "CIFIXER_REDIS_URL": ("redis_url", str),
+    "CIFIXER_NAMESPACE": ("namespace", str),
+    "CIFIXER_REDIS_PATIENCE_S": ("redis_patience_s", float),
+    "CIFIXER_RETENTION_S": ("retention_s", float),
+    "CIFIXER_COLLECTED_S": ("collected_s", float),
+    "CIFIXER_IMAGE": ("image", str),
+    "CIFIXER_ENV": ("env", _pairs),
+    "CIFIXER_CPUS": ("cpus", float),
+    "CIFIXER_MEMORY": ("memory_bytes", _size),
+    "CIFIXER_DISK": ("disk_bytes", _size),
+    "CIFIXER_MAX_PROCESSES": ("max_processes", int),
+    "CIFIXER_NETWORK": ("network", str),
+    "CIFIXER_READONLY_PATHS": ("readonly_paths", _paths),
+    "CIFIXER_LIFETIME_S": ("lifetime_s", float),
+    "CIFIXER_START_TIMEOUT_S": ("start_timeout_s", float),
+    "CIFIXER_COMMAND_TIMEOUT_S": ("command_timeout_s", float),
+    "CIFIXER_OUTPUT_LIMIT": ("output_limit_bytes", _size),
+    "CIFIXER_SPOOL_LIMIT": ("spool_limit_bytes", _size),
+    "CIFIXER_WORKER_CONCURRENCY": ("worker_concurrency", int),
+    "CIFIXER_WORKER_PREFIX": ("worker_prefix", str),
+    "CIFIXER_LEASE_S": ("lease_s", float),
+    "CIFIXER_DRAIN_S": ("drain_s", float),
+    "CIFIXER_REAP_INTERVAL_S": ("reap_interval_s", float),
+    "CIFIXER_CREATION_GRACE_S": ("creation_grace_s", float),
+    "CIFIXER_STATE_DIR": ("state_dir", Path),
+    "CIFIXER_BWRAP": ("bwrap", str),
+    "CIFIXER_UNSAFE_NO_ISOLATION": ("unsafe_no_isolation", _flag),
+}
+
+assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # noqa: S101  # each field has its variable

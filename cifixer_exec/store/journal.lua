@@ -1,0 +1,557 @@
+-- The journal: who may run which op, and what came of it. One call is one transition.
+--
+--   EVALSHA sha 1 <namespace> <verb> <retention_ms> [argument …]
+--
+-- One primary, no cluster: keys are built here. Time is the server's own. Needs Redis >= 6.2.
+-- Every reply is an array; its first item is a word, "error" <JSON of errors.error_to_json> among them.
+--
+-- Keys, each after "<namespace>:"
+--   worker:<wid>   string  JSON about the worker; its life is the lease                        PX lease
+--   workers        set     every wid ever seen whose rests are not yet cleaned up              -
+--   sandbox:<sid>  hash    backend placement state owner epoch handle spec create_op queue
+--                          created_ms expires_ms cause                         - ; retention once closed or lost
+--   sandboxes      zset    sid -> expires_ms, of all that are neither closed nor lost          -
+--   owned:<wid>    set     sids pinned to the worker                                           -
+--   op:<oid>       hash    sid kind digest payload body state epoch attempt nonce deadline_ms created_ms
+--                          started_ms finished_ms rung_ms rings bell cancel result error ended_by
+--                                                                               - ; retention once final
+--   open:<sid>     set     ops that are queued or running                                      -
+--   live           zset    sid -> ms; a sandbox with open ops that was last looked at then     -
+--   cancelling     set     running ops whose cancellation is wanted                            -
+--   out:<oid>      stream  output "e i s o d", then one end entry "e end r b"   - ; retention once final
+--   lock:sweep     string  one janitor at a time                                               PX 900
+--   <queue>        list    Celery's own; so are the two _kombu.binding sets touched by sweep   -
+--   ctl:<wid>      channel op ids to cancel
+--
+-- Sandbox: creating -> ready -> closing -> closed | lost   (each may also end at once)
+-- Op:      queued -> running -> done | failed | cancelled  (running -> running with a higher epoch: adopted)
+-- A final op keeps its digest but loses payload and body: secrets must not linger. A closed sandbox loses its spec.
+
+local prefix = KEYS[1] .. ':'
+local retention_ms = tonumber(ARGV[2])
+
+local call = redis.call
+local clock = call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+local FINAL = {done = true, failed = true, cancelled = true}
+local GONE = {closed = true, lost = true}
+local GRACE_MS = 60000 -- a running op past its deadline is given up this much later, if nobody owns its sandbox
+local CALM_MS = 30000 -- a sandbox whose ops all run under a living owner is looked at this much less often
+local KOMBU_SEP = '\6\22'
+
+local function key(kind, id)
+  return prefix .. kind .. ':' .. id
+end
+
+-- The named fields of a hash; what is missing is ''.
+local function load(hash, ...)
+  local names, record = {...}, {}
+  for i, value in ipairs(call('HMGET', hash, ...)) do
+    record[names[i]] = value or ''
+  end
+  return record
+end
+
+local function load_op(oid)
+  return load(key('op', oid), 'sid', 'kind', 'state', 'epoch', 'nonce', 'deadline_ms', 'rung_ms', 'rings')
+end
+
+local function load_sandbox(sid)
+  local sandbox = load(key('sandbox', sid), 'state', 'owner', 'epoch', 'queue', 'cause', 'create_op')
+  sandbox.sid = sid
+  return sandbox
+end
+
+local function alive(wid)
+  return wid ~= '' and call('EXISTS', key('worker', wid)) == 1
+end
+
+local function fault(class, message)
+  return cjson.encode({error = class, args = {message, ''}})
+end
+
+local function refuse(class, message)
+  return {'error', fault(class, message)}
+end
+
+-- Why a sandbox takes no op of this kind: class and message, or nothing if it does.
+local function gone(sandbox, kind)
+  local sid, cause = sandbox.sid, sandbox.cause
+  if sandbox.state == '' then
+    return 'SandboxNotFoundError', 'no sandbox ' .. sid .. ' is registered: it was never made, or torn down long ago'
+  elseif sandbox.state == 'lost' then
+    return 'SandboxLostError', 'sandbox ' .. sid .. ' is lost: ' .. cause
+  elseif sandbox.state == 'closed' then
+    return 'SandboxNotFoundError', 'sandbox ' .. sid .. ' was torn down: ' .. cause
+  elseif sandbox.state == 'closing' and kind ~= 'destroy' then
+    return 'SandboxNotFoundError', 'sandbox ' .. sid .. ' is being torn down'
+  end
+end
+
+-- ---------------------------------------------------------------------------------------------- doorbells
+
+-- The queue that reaches the sandbox, and its list's length if nobody has looked yet.
+local function bell_queue(sandbox)
+  if alive(sandbox.owner) then
+    return sandbox.owner .. '.dq2'
+  end
+  return sandbox.queue
+end
+
+-- Ring for one op. The message says it came by the pool queue, so kombu gives it back there when a worker dies.
+-- Each ring has a delivery tag of its own: kombu keeps what is delivered by tag.
+local function ring(oid, sandbox, queue)
+  local op = key('op', oid)
+  local bell = call('HGET', op, 'bell')
+  if not bell then
+    return
+  end
+  local head, middle, tail = string.match(bell, '^(.-)\n(.-)\n(.*)$')
+  local tag = oid .. '.' .. call('HINCRBY', op, 'rings', 1)
+  call('HSET', op, 'rung_ms', now)
+  call('LPUSH', prefix .. queue, head .. cjson.encode(sandbox.queue) .. middle .. cjson.encode(tag) .. tail)
+end
+
+local function ring_all(sandbox, queue, except)
+  for _, oid in ipairs(call('SMEMBERS', key('open', sandbox.sid))) do
+    if oid ~= except then
+      ring(oid, sandbox, queue)
+    end
+  end
+end
+
+-- --------------------------------------------------------------------------------------------- transitions
+
+-- End an op: the only place that makes a final state.
+local function settle(oid, op, state, json, body, ended_by)
+  local hash, out, open = key('op', oid), key('out', oid), key('open', op.sid)
+  call('HSET', hash, 'state', state, 'finished_ms', now, 'ended_by', ended_by or '',
+       state == 'failed' and 'error' or 'result', json)
+  call('HDEL', hash, 'payload', 'body', 'bell', 'nonce')
+  call('XADD', out, '*', 'e', op.epoch, 'end', state, 'r', json, 'b', body or '')
+  call('PEXPIRE', hash, retention_ms)
+  call('PEXPIRE', out, retention_ms)
+  call('SREM', open, oid)
+  call('SREM', prefix .. 'cancelling', oid)
+  if call('SCARD', open) == 0 then
+    call('ZREM', prefix .. 'live', op.sid)
+  end
+end
+
+-- End an op whose sandbox is gone. A command that ran has a result even then.
+local function settle_gone(oid, op, sandbox)
+  if op.kind == 'destroy' and GONE[sandbox.state] then
+    settle(oid, op, 'done', '{}')
+  elseif op.state == 'running' and op.kind == 'start' then
+    settle(oid, op, 'done', cjson.encode({records = {{status = 'sandbox_lost', cause = sandbox.cause}}}))
+  elseif op.state == 'running' then
+    settle(oid, op, 'failed', fault('SandboxLostError', 'sandbox ' .. sandbox.sid .. ' is lost: ' .. sandbox.cause))
+  else
+    settle(oid, op, 'failed', fault(gone(sandbox, op.kind)))
+  end
+end
+
+-- End a sandbox and all its open ops but one.
+local function shut(sandbox, state, cause, keep_op)
+  local sid = sandbox.sid
+  local hash = key('sandbox', sid)
+  sandbox.state, sandbox.cause = state, cause
+  call('HSET', hash, 'state', state, 'cause', cause)
+  call('HDEL', hash, 'spec')
+  call('PEXPIRE', hash, retention_ms)
+  call('ZREM', prefix .. 'sandboxes', sid)
+  if sandbox.owner ~= '' then
+    call('SREM', key('owned', sandbox.owner), sid)
+  end
+  for _, oid in ipairs(call('SMEMBERS', key('open', sid))) do
+    if oid ~= keep_op then
+      settle_gone(oid, load_op(oid), sandbox)
+    end
+  end
+end
+
+-- A create op that ended without success leaves no sandbox behind.
+local function shut_unmade(oid, op, sandbox, cause)
+  if op.kind == 'create' and sandbox.state == 'creating' then
+    shut(sandbox, 'closed', cause, oid)
+  end
+end
+
+local function expire(oid, op, sandbox)
+  local message = op.state == 'queued' and 'no worker took op ' .. oid .. ' from queue ' .. sandbox.queue .. ' in time: '
+    .. 'start a worker for that queue, or give more time' or 'the worker that ran op ' .. oid .. ' is gone and none took over in time'
+  settle(oid, op, 'failed', fault('QueueUnavailableError', message))
+  shut_unmade(oid, op, sandbox, 'no worker made it in time')
+end
+
+-- Take a sandbox from its owner (alive or not). The epoch stays: the next owner raises it.
+local function disown(sandbox)
+  call('SREM', key('owned', sandbox.owner), sandbox.sid)
+  call('HSET', key('sandbox', sandbox.sid), 'owner', '')
+  sandbox.owner = ''
+  ring_all(sandbox, sandbox.queue)
+  if call('EXISTS', key('open', sandbox.sid)) == 1 then
+    call('ZADD', prefix .. 'live', 'LT', now, sandbox.sid)
+  end
+end
+
+local function disown_all(wid, limit)
+  local count = 0
+  for _, sid in ipairs(call('SRANDMEMBER', key('owned', wid), limit)) do
+    local sandbox = load_sandbox(sid)
+    if sandbox.owner == wid then
+      disown(sandbox)
+      count = count + 1
+    else
+      call('SREM', key('owned', wid), sid)
+    end
+  end
+  return count
+end
+
+-- Owner and epoch are those of the caller. The lease is not asked for: nobody else may have begun meanwhile.
+local function holds_sandbox(sandbox, wid, epoch)
+  return sandbox.state ~= '' and sandbox.owner == wid and sandbox.epoch == epoch
+end
+
+local function holds_op(op, wid, epoch)
+  return op.state == 'running' and op.epoch == epoch and holds_sandbox(load_sandbox(op.sid), wid, epoch)
+end
+
+-- ------------------------------------------------------------------------------------------- verbs: clients
+
+local verbs = {}
+
+function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, bell, backend, queue, spec, lifetime_ms)
+  local hash = key('op', oid)
+  local known = call('HMGET', hash, 'state', 'digest')
+  if known[1] then
+    if known[2] ~= digest then
+      return refuse('OperationConflictError', 'op id ' .. oid .. ' is known with another payload: choose a new op id')
+    end
+    return {'known', known[1]}
+  end
+  local sandbox = load_sandbox(sid)
+  local ended = kind == 'destroy' and GONE[sandbox.state]
+  if kind == 'create' then
+    if sandbox.state ~= '' then
+      return refuse('OperationConflictError', 'sandbox id ' .. sid .. ' is already in use: choose a new sandbox id')
+    end
+    local expires_ms = now + lifetime_ms
+    call('HSET', key('sandbox', sid), 'backend', backend, 'placement', '', 'state', 'creating', 'owner', '', 'epoch', 0,
+         'spec', spec, 'create_op', oid, 'queue', queue, 'created_ms', now, 'expires_ms', expires_ms, 'cause', '')
+    call('ZADD', prefix .. 'sandboxes', expires_ms, sid)
+    sandbox.queue = queue
+  elseif not ended then
+    local class, message = gone(sandbox, kind)
+    if class then
+      return refuse(class, message)
+    end
+  end
+  call('HSET', hash, 'sid', sid, 'kind', kind, 'digest', digest, 'payload', payload, 'body', body, 'state', 'queued', 'epoch', 0,
+       'created_ms', now, 'deadline_ms', timeout_ms ~= '' and now + timeout_ms or '', 'bell', bell)
+  if ended then
+    settle(oid, load_op(oid), 'done', '{}')
+    return {'created', 'done'}
+  end
+  call('SADD', key('open', sid), oid)
+  call('ZADD', prefix .. 'live', 'LT', now, sid)
+  ring(oid, sandbox, bell_queue(sandbox))
+  return {'created', 'queued'}
+end
+
+function verbs.cancel(oid)
+  local op = load_op(oid)
+  if op.state == 'queued' then
+    settle(oid, op, 'cancelled', '{}')
+    shut_unmade(oid, op, load_sandbox(op.sid), 'its creation was cancelled')
+    return {'ok', 'cancelled'}
+  elseif op.state == 'running' then
+    call('HSET', key('op', oid), 'cancel', 1)
+    call('SADD', prefix .. 'cancelling', oid)
+    call('PUBLISH', key('ctl', call('HGET', key('sandbox', op.sid), 'owner') or ''), oid)
+  elseif op.state == '' then
+    return refuse('InvalidRequestError', 'no op ' .. oid .. ' is known: it was never submitted, or it ended long ago')
+  end
+  return {'ok', op.state}
+end
+
+function verbs.collected(oid, collected_ms)
+  local hash = key('op', oid)
+  if FINAL[load_op(oid).state] and call('PTTL', hash) > tonumber(collected_ms) then
+    call('PEXPIRE', hash, collected_ms)
+    call('PEXPIRE', key('out', oid), collected_ms)
+  end
+  return {'ok'}
+end
+
+-- Ring again for an op that a worker will not take (it drains).
+function verbs.ring(oid)
+  local op = load_op(oid)
+  if op.state == '' or FINAL[op.state] then
+    return {'no'}
+  end
+  local sandbox = load_sandbox(op.sid)
+  ring(oid, sandbox, bell_queue(sandbox))
+  return {'ok'}
+end
+
+-- ------------------------------------------------------------------------------------------- verbs: workers
+
+local function grant(oid, sid)
+  local op = call('HMGET', key('op', oid), 'kind', 'payload', 'body', 'epoch', 'deadline_ms', 'attempt', 'cancel')
+  local sandbox = call('HMGET', key('sandbox', sid), 'handle', 'spec', 'backend', 'state')
+  local remaining_ms = op[5] ~= '' and math.max(0, op[5] - now) or ''
+  return {'taken', sid, op[1], op[2], op[3], op[4], sandbox[1] or '', sandbox[2], sandbox[3], sandbox[4], remaining_ms, op[6], op[7] or ''}
+end
+
+local function own(sandbox, wid, oid)
+  local sid, before = sandbox.sid, sandbox.owner
+  sandbox.epoch = call('HINCRBY', key('sandbox', sid), 'epoch', 1)
+  sandbox.owner = wid
+  call('HSET', key('sandbox', sid), 'owner', wid)
+  call('SADD', key('owned', wid), sid)
+  if before ~= '' then -- of a dead one that no sweep has seen yet: its other ops come along
+    call('SREM', key('owned', before), sid)
+    ring_all(sandbox, wid .. '.dq2', oid)
+  end
+end
+
+local function begin(oid, op, sandbox, nonce)
+  local hash = key('op', oid)
+  local attempt = call('HINCRBY', hash, 'attempt', 1)
+  call('HSET', hash, 'state', 'running', 'epoch', sandbox.epoch, 'nonce', nonce)
+  if attempt == 1 then
+    call('HSET', hash, 'started_ms', now)
+  end
+  if op.kind == 'destroy' then
+    call('HSET', key('sandbox', sandbox.sid), 'state', 'closing')
+  end
+  return grant(oid, sandbox.sid)
+end
+
+function verbs.take(wid, oid, nonce)
+  local op = load_op(oid)
+  if op.state == '' then
+    return {'no', 'gone'}
+  elseif op.state == 'cancelled' then
+    return {'no', 'cancelled'}
+  elseif FINAL[op.state] then
+    return {'no', 'final'}
+  elseif not alive(wid) then
+    return {'no', 'fenced'}
+  end
+  local sandbox = load_sandbox(op.sid)
+  local owned = alive(sandbox.owner)
+  local mine = owned and sandbox.owner == wid
+  if op.state == 'running' and owned and op.epoch == sandbox.epoch then
+    if mine and op.nonce == nonce then
+      return grant(oid, op.sid) -- the reply to the first take was lost
+    end
+    return {'no', 'running'}
+  elseif sandbox.state == '' or GONE[sandbox.state] or (op.state == 'queued' and gone(sandbox, op.kind)) then
+    settle_gone(oid, op, sandbox)
+    return {'no', 'closed'}
+  elseif op.state == 'queued' and op.deadline_ms ~= '' and tonumber(op.deadline_ms) < now then
+    expire(oid, op, sandbox)
+    return {'no', 'expired'}
+  elseif owned and not mine then
+    ring(oid, sandbox, sandbox.owner .. '.dq2')
+    return {'no', 'forwarded'}
+  elseif sandbox.state == 'creating' and op.kind ~= 'create' and call('SISMEMBER', key('open', op.sid), sandbox.create_op) == 1 then
+    return {'no', 'creating'}
+  end
+  if not mine then
+    own(sandbox, wid, oid)
+  end
+  return begin(oid, op, sandbox, nonce)
+end
+
+-- Output as "i s o d" for each chunk.
+local function append(oid, epoch, chunks)
+  local out = key('out', oid)
+  for n = 1, #chunks, 4 do
+    call('XADD', out, '*', 'e', epoch, 'i', chunks[n], 's', chunks[n + 1], 'o', chunks[n + 2], 'd', chunks[n + 3])
+  end
+end
+
+function verbs.publish(wid, oid, epoch, ...)
+  if not holds_op(load_op(oid), wid, epoch) then
+    return {'fenced'}
+  end
+  append(oid, epoch, {...})
+  return {'ok'}
+end
+
+function verbs.finish(wid, oid, epoch, state, json, body, ...)
+  local op = load_op(oid)
+  if FINAL[op.state] and call('HGET', key('op', oid), 'ended_by') == wid .. ' ' .. epoch then
+    return {'ok'} -- the reply to the first finish was lost
+  elseif not holds_op(op, wid, epoch) then
+    return {'fenced'}
+  end
+  append(oid, epoch, {...})
+  settle(oid, op, state, json, body, wid .. ' ' .. epoch)
+  if state ~= 'done' then
+    shut_unmade(oid, op, load_sandbox(op.sid), 'it could not be made')
+  end
+  return {'ok'}
+end
+
+function verbs.cancelled_ops(wid)
+  local mine = {}
+  for _, oid in ipairs(call('SMEMBERS', prefix .. 'cancelling')) do
+    local op = load_op(oid)
+    if op.state == 'running' and call('HGET', key('sandbox', op.sid), 'owner') == wid then
+      mine[#mine + 1] = oid
+    end
+  end
+  return mine
+end
+
+function verbs.ready(wid, sid, epoch, handle, placement, queue)
+  local sandbox = load_sandbox(sid)
+  if GONE[sandbox.state] or not holds_sandbox(sandbox, wid, epoch) then
+    return {'fenced'}
+  end
+  local state = sandbox.state == 'creating' and 'ready' or sandbox.state
+  call('HSET', key('sandbox', sid), 'state', state, 'handle', handle, 'placement', placement, 'queue', queue)
+  sandbox.queue = queue
+  for _, oid in ipairs(call('SMEMBERS', key('open', sid))) do
+    if load_op(oid).state == 'queued' then
+      ring(oid, sandbox, bell_queue(sandbox))
+    end
+  end
+  return {'ok'}
+end
+
+function verbs.close(sid, state, cause, wid, epoch, keep_op)
+  local sandbox = load_sandbox(sid)
+  if sandbox.state == '' or (wid ~= '' and not holds_sandbox(sandbox, wid, epoch)) then
+    return {'fenced'}
+  end
+  if not GONE[sandbox.state] then
+    shut(sandbox, state, cause, keep_op)
+  end
+  return {'ok'}
+end
+
+function verbs.set_expiry(sid, expires_in_ms)
+  local class, message = gone(load_sandbox(sid), '')
+  if class then
+    return refuse(class, message)
+  end
+  call('HSET', key('sandbox', sid), 'expires_ms', now + expires_in_ms)
+  call('ZADD', prefix .. 'sandboxes', 'XX', now + expires_in_ms, sid)
+  return {'ok'}
+end
+
+function verbs.expired(limit)
+  return call('ZRANGEBYSCORE', prefix .. 'sandboxes', '-inf', now, 'LIMIT', 0, limit)
+end
+
+-- A lease that had lapsed never brings old ownership back: its holder stopped believing in it, others may have begun.
+function verbs.renew(wid, ttl_ms, info)
+  local fresh = not alive(wid)
+  if fresh then
+    disown_all(wid, 1000000)
+  end
+  call('SET', key('worker', wid), info, 'PX', ttl_ms)
+  call('SADD', prefix .. 'workers', wid)
+  return {fresh and 'fresh' or 'kept'}
+end
+
+function verbs.release(wid)
+  call('DEL', key('worker', wid))
+  return {'ok', disown_all(wid, 1000000)}
+end
+
+function verbs.hand_over(wid, sid, epoch)
+  local sandbox = load_sandbox(sid)
+  if GONE[sandbox.state] or not holds_sandbox(sandbox, wid, epoch) then
+    return {'fenced'}
+  end
+  disown(sandbox)
+  return {'ok'}
+end
+
+-- ------------------------------------------------------------------------------------------ verbs: janitor
+
+local function clean_worker(wid)
+  local queue = wid .. '.dq2'
+  local member = wid .. KOMBU_SEP .. KOMBU_SEP .. queue
+  call('DEL', prefix .. queue)
+  call('SREM', prefix .. '_kombu.binding.C.dq2', member)
+  call('SREM', prefix .. '_kombu.binding_permanent.C.dq2', member)
+  call('SREM', prefix .. 'workers', wid)
+end
+
+-- A doorbell is surely lost if its list is empty. Else it may still wait there: ring more and more rarely.
+local function overdue(op, queue, reping_ms)
+  local patience = reping_ms
+  if call('LLEN', prefix .. queue) > 0 then
+    patience = patience * 2 ^ math.min(5, tonumber(op.rings) or 0)
+  end
+  return now - (tonumber(op.rung_ms) or 0) >= patience
+end
+
+-- What one open op needs: "rung", "expired", "waits" (all is done that can be) or "calm" (it runs under a living owner).
+local function tend(oid, op, sandbox, reping_ms)
+  local owned, queue = alive(sandbox.owner), bell_queue(sandbox)
+  local late_ms = op.deadline_ms ~= '' and now - op.deadline_ms or -1
+  if op.state == 'running' and owned and op.epoch == sandbox.epoch then
+    return 'calm'
+  elseif sandbox.state == '' or GONE[sandbox.state] then
+    settle_gone(oid, op, sandbox)
+    return 'expired'
+  elseif (op.state == 'queued' and late_ms > 0) or (not owned and late_ms > GRACE_MS) then
+    expire(oid, op, sandbox)
+    return 'expired'
+  elseif overdue(op, queue, reping_ms) then
+    ring(oid, sandbox, queue)
+    return 'rung'
+  end
+  return 'waits'
+end
+
+local function tend_sandbox(sid, counts, reping_ms)
+  local sandbox, calm = load_sandbox(sid), true
+  for _, oid in ipairs(call('SMEMBERS', key('open', sid))) do
+    local op = load_op(oid)
+    if op.state == '' or FINAL[op.state] then
+      call('SREM', key('open', sid), oid)
+    else
+      local verdict = tend(oid, op, sandbox, reping_ms)
+      counts[verdict] = (counts[verdict] or 0) + 1
+      calm = calm and verdict == 'calm'
+    end
+  end
+  if call('EXISTS', key('open', sid)) == 1 then
+    call('ZADD', prefix .. 'live', now + (calm and CALM_MS or 0), sid)
+  else
+    call('ZREM', prefix .. 'live', sid)
+  end
+end
+
+function verbs.sweep(wid, limit, reping_ms)
+  if not call('SET', prefix .. 'lock:sweep', wid, 'NX', 'PX', 900) then
+    return {'locked', 0, 0, 0}
+  end
+  local cleaned, counts = 0, {}
+  for _, other in ipairs(call('SMEMBERS', prefix .. 'workers')) do
+    if not alive(other) then
+      disown_all(other, limit)
+      if call('EXISTS', key('owned', other)) == 0 then
+        clean_worker(other)
+        cleaned = cleaned + 1
+      end
+    end
+  end
+  for _, sid in ipairs(call('ZRANGEBYSCORE', prefix .. 'live', '-inf', now - reping_ms, 'LIMIT', 0, limit)) do
+    tend_sandbox(sid, counts, tonumber(reping_ms))
+  end
+  return {'ok', counts.rung or 0, counts.expired or 0, cleaned}
+end
+
+return verbs[ARGV[1]](unpack(ARGV, 3))

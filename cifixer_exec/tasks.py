@@ -1,0 +1,213 @@
+"""The Celery app and its tasks, all thin.
+
+``ring`` is the doorbell of every op. The others are for raw Celery use: ``run_command.delay(sandbox_id, "pytest -q").get()``
+here, or ``send_task("cifixer_exec.run_command", …)`` from any process; the task id is the op id.
+"""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from celery import Celery, Task, signals
+from celery.exceptions import Ignore
+
+from cifixer_exec.channel.portal import process_portal
+from cifixer_exec.errors import ExecutorError, InvalidRequestError
+from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
+from cifixer_exec.operations import commands_payload, new_op_id
+from cifixer_exec.output import OutputCollector
+from cifixer_exec.queues import MAINTENANCE, placement_queue, pool_queue
+from cifixer_exec.settings import AppConfig
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.records import End, NewOp, NewSandbox
+from cifixer_exec.wiring import make_backend, make_journal, make_reaper, make_spec, worker_config
+from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
+
+app = Celery("cifixer_exec", set_as_current=False)
+app.config_from_object("cifixer_exec.celeryconfig")
+app.steps["worker"].add(RuntimeStep)
+
+
+@signals.celeryd_init.connect
+def _name_worker(instance: Any = None, **_: Any) -> None:
+    if instance.app is app:
+        instance.hostname = boot_name(instance.hostname)
+
+
+@signals.celeryd_after_setup.connect
+def _select_queues(instance: Any = None, **_: Any) -> None:
+    """This worker's backend and placement decide what it consumes, not the command line."""
+    if instance.app is app:
+        backend = make_backend(worker_config())
+        select_queues(instance, [MAINTENANCE, pool_queue(backend.name), placement_queue(backend.name, backend.placement)])
+
+
+@app.task(name="cifixer_exec.ring", ignore_result=True)
+def ring(sandbox_id: str, op_id: str) -> None:
+    """The doorbell: look at this op. All it needs is in the journal."""
+    runtime().handle(op_id)
+
+
+@app.task(name="cifixer_exec.reap", ignore_result=True)
+def reap() -> None:
+    """By beat: let one worker of each placement reap."""
+    worker = runtime()
+    found = worker.portal.call(worker.journal.workers())
+    for queue in sorted({placement_queue(w.info["backend"], w.info["placement"]) for w in found}):
+        reap_placement.apply_async(queue=app.amqp.queues.get(queue) or _queue(queue), expires=60)
+
+
+@app.task(name="cifixer_exec.reap_placement", ignore_result=True)
+def reap_placement() -> None:
+    """Reap this worker's own placement."""
+    worker = runtime()
+    worker.portal.call(make_reaper(worker_config(), worker.journal).reap())
+
+
+class OpTask(Task):  # type: ignore[misc]
+    """A task whose id is an op id. Sent with :meth:`delay`, its payload goes into the journal first and only ids travel in the message,
+    so commands, environments and secrets never show in Flower, events or logs.
+    """
+
+    abstract = True
+    ignore_result = False
+    argsrepr = "(…)"
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any) -> Any:
+        op = self.make_op(task_id or new_op_id(), *(args or ()), **(kwargs or {}))
+        process_portal().call(_client_journal().submit(op))
+        hidden = {"argsrepr": f"({op.sandbox_id!r}, …)", "kwargsrepr": "{}"}
+        return super().apply_async((op.sandbox_id,), {"journaled": True}, task_id=op.op_id, **{**options, **hidden})
+
+    def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
+        """The op that this call means."""
+        raise NotImplementedError
+
+
+class _RunCommand(OpTask):
+    abstract = True
+
+    def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
+        return _command_op(op_id, *args, **kwargs)
+
+
+class _CreateSandbox(OpTask):
+    abstract = True
+
+    def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
+        return _create_op(op_id, *args, **kwargs)
+
+
+class _TeardownSandbox(OpTask):
+    abstract = True
+
+    def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
+        return NewOp(op_id=op_id, sandbox_id=args[0], kind="destroy", timeout_s=worker_config().start_timeout_s)
+
+
+@app.task(name="cifixer_exec.run_command", base=_RunCommand, bind=True)
+def run_command(self: Any, sandbox_id: str, command: Any = None, *, journaled: bool = False, **options: Any) -> dict[str, Any]:
+    """Run a command; the result as a dict: status, exit_code, signal, stdout, stderr (text), sizes, duration_s, cause, op_id.
+
+    ``options``: env, cwd, timeout_s, stdin (text), output_limit_bytes. Streams that are not UTF-8 come in ``stdout_base64`` too.
+    """
+    collector, end = _carry_out(self, journaled, lambda op_id: _command_op(op_id, sandbox_id, command, **options))
+    records = (end.result or {}).get("records") or [{"status": Status.KILLED, "cause": "it was cancelled before it started"}]
+    return _result_dict(collector.result(ExecRecord.from_json(records[0]), self.request.id))
+
+
+@app.task(name="cifixer_exec.create_sandbox", base=_CreateSandbox, bind=True)
+def create_sandbox(self: Any, sandbox_id: str | None = None, *, journaled: bool = False, **overrides: Any) -> dict[str, Any]:
+    """Make a sandbox; ``overrides`` are fields of AppConfig. Returns ``{"sandbox_id": …}``."""
+    if not journaled and sandbox_id is None:
+        sandbox_id = f"sb-{uuid.uuid5(uuid.NAMESPACE_OID, self.request.id).hex[:20]}"
+    _carry_out(self, journaled, lambda op_id: _create_op(op_id, sandbox_id, **overrides))
+    return {"sandbox_id": sandbox_id}
+
+
+@app.task(name="cifixer_exec.teardown_sandbox", base=_TeardownSandbox, bind=True)
+def teardown_sandbox(self: Any, sandbox_id: str, *, journaled: bool = False) -> dict[str, Any]:
+    """End a sandbox."""
+    _carry_out(self, journaled, lambda op_id: NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="destroy"))
+    return {"sandbox_id": sandbox_id}
+
+
+def _carry_out(task: Any, journaled: bool, make_op: Any) -> tuple[OutputCollector, End]:
+    """Journal the op unless its sender did, run it here if it is granted here, and wait for its end.
+
+    Raises:
+        ExecutorError: as the op failed; Celery stores its class and message.
+    """
+    worker, op_id = runtime(), task.request.id
+    if not journaled:
+        worker.portal.call(worker.journal.submit(make_op(op_id)))
+    if worker.handle(op_id) == "detached":
+        raise Ignore  # this worker drains: the next owner's doorbell carries the op on, and its result is in the journal
+    return worker.portal.call(_gather(worker.journal, op_id))
+
+
+async def _gather(journal: Journal, op_id: str) -> tuple[OutputCollector, End]:
+    collector = OutputCollector()
+    async for item in journal.follow(op_id):
+        if isinstance(item, OutputChunk):
+            collector.add(item)
+        elif item.error is not None:
+            raise item.error
+        else:
+            return collector, item
+    raise ExecutorError(f"op {op_id} ended without an answer")
+
+
+def _command_op(op_id: str, sandbox_id: str, command: Any, **options: Any) -> NewOp:
+    config = worker_config()
+    unknown = set(options) - {"env", "cwd", "timeout_s", "stdin", "output_limit_bytes"}
+    if unknown:
+        raise InvalidRequestError(f"run_command does not know {', '.join(sorted(unknown))}: take env, cwd, timeout_s, stdin, output_limit_bytes")
+    stdin = options.pop("stdin", "")
+    given = {k: v for k, v in options.items() if v is not None}
+    defaults = {"timeout_s": config.command_timeout_s, "output_limit_bytes": config.output_limit_bytes}
+    parsed = Command.parse(command, stdin=stdin.encode() if isinstance(stdin, str) else stdin, **{**defaults, **given})
+    payload, body = commands_payload([parsed])
+    return NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="start", payload=payload, body=body, timeout_s=config.start_timeout_s)
+
+
+def _create_op(op_id: str, sandbox_id: str | None = None, **overrides: Any) -> NewOp:
+    config = AppConfig.from_env(**overrides)
+    spec = make_spec(config, sandbox_id)
+    created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
+    return NewOp(op_id=op_id, sandbox_id=spec.sandbox_id, kind="create", create=created, timeout_s=config.start_timeout_s)
+
+
+def _result_dict(result: ExecResult) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "status": result.status.value,
+        "exit_code": result.exit_code,
+        "signal": result.signal,
+        "stdout": result.text,
+        "stderr": result.stderr_text,
+        "truncated": result.truncated,
+        "stdout_bytes": result.stdout_bytes,
+        "stderr_bytes": result.stderr_bytes,
+        "duration_s": result.duration_s,
+        "cause": result.cause,
+        "op_id": result.op_id,
+    }
+    streams: Mapping[str, bytes] = {"stdout": result.stdout, "stderr": result.stderr}
+    exact = {f"{name}_base64": base64.b64encode(raw).decode() for name, raw in streams.items() if data[name].encode() != raw}
+    return {**data, **exact}
+
+
+@cache
+def _client_journal() -> Journal:
+    """For :meth:`OpTask.apply_async`, on the process's portal."""
+    return make_journal(worker_config())
+
+
+def _queue(name: str) -> Any:
+    from kombu import Exchange, Queue
+
+    return Queue(name, Exchange("sbx", type="direct"), routing_key=name)

@@ -1,0 +1,158 @@
+"""Files in and out, in pieces of at most 1 MiB, each an idempotent request of its own: memory stays flat and a lost answer costs one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from cifixer_exec.channel.frames import Answer
+from cifixer_exec.errors import InvalidRequestError, SandboxFileError
+from cifixer_exec.model import MAX_BODY_BYTES
+
+Call = Callable[..., Awaitable[Answer]]
+
+#: A downloaded directory is written by the sandbox: these bound what it can do to the disk here.
+MAX_ARCHIVE_BYTES = 8 * 1024**3
+MAX_ARCHIVE_MEMBERS = 500_000
+
+
+async def write_bytes(call: Call, path: str, data: bytes, *, mode: int | None = None) -> None:
+    """Write ``data`` to ``path``, checked by size and sha256, put in place by rename."""
+    await write_stream(call, path, io.BytesIO(data), mode=mode)
+
+
+async def write_stream(call: Call, path: str, source: IO[bytes], *, mode: int | None = None) -> None:
+    """As :func:`write_bytes`, from a file object, which is read once from where it stands."""
+    transfer_id = uuid.uuid4().hex
+    digest = hashlib.sha256()
+    offset = 0
+    piece = await asyncio.to_thread(source.read, MAX_BODY_BYTES)
+    try:
+        while True:
+            following = await asyncio.to_thread(source.read, MAX_BODY_BYTES) if len(piece) == MAX_BODY_BYTES else b""
+            digest.update(piece)
+            commit = None if following else {"size": offset + len(piece), "sha256": digest.hexdigest()}
+            arguments = {"path": path, "transfer_id": transfer_id, "offset": offset, "mode": mode, "mkdir": True, "commit": commit}
+            await call("write", arguments, piece)
+            if commit is not None:
+                return
+            offset += len(piece)
+            piece = following
+    except SandboxFileError:
+        await call("abort_write", {"path": path, "transfer_id": transfer_id})
+        raise
+
+
+async def read_bytes(call: Call, path: str) -> bytes:
+    """The whole content of ``path``."""
+    out = io.BytesIO()
+    await read_stream(call, path, out)
+    return out.getvalue()
+
+
+async def read_stream(call: Call, path: str, out: IO[bytes]) -> int:
+    """Write the content of ``path`` to ``out``; returns its permission bits. A file that changes meanwhile is an error."""
+    offset, etag = 0, None
+    while True:
+        answer = await call("read", {"path": path, "offset": offset, "length": MAX_BODY_BYTES, "etag": etag})
+        etag = answer.document["etag"]
+        await asyncio.to_thread(out.write, answer.body)
+        offset += len(answer.body)
+        if offset >= int(answer.document["size"]):
+            return int(answer.document["mode"])
+        if not answer.body:
+            raise SandboxFileError(f"{path!r} ended at byte {offset} of {answer.document['size']}: read it again", "changed")
+
+
+async def upload(call: Call, source: Path, path: str, exclude: Sequence[str]) -> None:
+    """A local file to ``path``, or the content of a local directory into ``path``."""
+    if source.is_file():
+        with source.open("rb") as file:
+            await write_stream(call, path, file, mode=source.stat().st_mode & 0o777)
+        return
+    if not source.is_dir():
+        raise InvalidRequestError(f"{str(source)!r} is no file or directory here: give an existing one")
+    archive = f"/tmp/.cifixer-upload-{uuid.uuid4().hex}.tar"  # noqa: S108  # in the sandbox
+    with tempfile.TemporaryFile() as file:
+        await asyncio.to_thread(_pack, source, file, exclude)
+        file.seek(0)
+        await write_stream(call, archive, file)
+    try:
+        await call("unpack", {"archive": archive, "path": path})
+    finally:
+        await call("remove", {"path": archive, "recursive": False, "missing_ok": True})
+
+
+async def download(call: Call, path: str, destination: Path, exclude: Sequence[str]) -> None:
+    """A file to ``destination``, or the content of a directory into it."""
+    found = (await call("stat", {"path": path})).document["file"]
+    if found["type"] != "directory":
+        await _download_file(call, path, destination)
+        return
+    packed = (await call("pack", {"path": path, "excludes": list(exclude)})).document
+    try:
+        if int(packed["size"]) > MAX_ARCHIVE_BYTES:
+            raise SandboxFileError(f"{path!r} packs to {packed['size']} bytes, more than {MAX_ARCHIVE_BYTES}: download parts of it")
+        with tempfile.TemporaryFile() as file:
+            await read_stream(call, packed["archive"], file)
+            file.seek(0)
+            await asyncio.to_thread(_unpack, file, destination)
+    finally:
+        await call("remove", {"path": packed["archive"], "recursive": False, "missing_ok": True})
+
+
+async def _download_file(call: Call, path: str, destination: Path) -> None:
+    """By a temporary name and rename, so that a broken transfer never looks like the file."""
+    target = destination / os.path.basename(path) if destination.is_dir() else destination
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            mode = await read_stream(call, path, file)
+        temporary.chmod(mode & 0o777)
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pack(source: Path, out: IO[bytes], exclude: Sequence[str]) -> None:
+    def keep(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        names = Path(member.name).parts
+        if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in exclude):
+            return None
+        member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member if member.isfile() or member.isdir() or member.issym() or member.islnk() else None
+
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(source, arcname=".", filter=keep)
+
+
+def _unpack(file: IO[bytes], destination: Path) -> None:
+    """Extract an archive that a sandbox made. The ``data`` filter refuses what leaves ``destination`` (PEP 706)."""
+    destination.mkdir(parents=True, exist_ok=True)
+    total = 0
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for count, member in enumerate(archive):
+            total += member.size
+            if count >= MAX_ARCHIVE_MEMBERS or total > MAX_ARCHIVE_BYTES:
+                raise SandboxFileError(f"the downloaded directory has over {MAX_ARCHIVE_MEMBERS} entries or {MAX_ARCHIVE_BYTES} bytes: download parts of it")
+            _extract(archive, member, destination)
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, destination: Path) -> None:
+    try:
+        archive.extract(member, destination, filter="data")
+    except (tarfile.FilterError, OSError) as error:
+        raise SandboxFileError(f"the sandbox sent {member.name!r}, which cannot be placed in {str(destination)!r}: {error}") from None
+
+

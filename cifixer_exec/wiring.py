@@ -1,0 +1,132 @@
+"""Settings → objects: the only place that builds them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from functools import cache
+
+from cifixer_exec.backends.registry import check_backend, make_backend
+from cifixer_exec.channel.portal import Portal
+from cifixer_exec.environment import AsyncSandboxEnvironment
+from cifixer_exec.model import SandboxSpec, check_id
+from cifixer_exec.queue_port import QueuePort
+from cifixer_exec.reaper import Reaper
+from cifixer_exec.sandbox import DirectPort
+from cifixer_exec.settings import AppConfig
+from cifixer_exec.store.connection import connect
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.worker.execution import Executor
+from cifixer_exec.worker.lease import Lease
+from cifixer_exec.worker.ownership import Ownership
+from cifixer_exec.worker.runtime import WorkerRuntime
+
+
+@cache
+def worker_config() -> AppConfig:
+    """The configuration of this worker process."""
+    return AppConfig.from_env()
+
+
+def client_name() -> str:
+    """Who we are, for logs of runners and Redis."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def make_spec(config: AppConfig, sandbox_id: str | None = None) -> SandboxSpec:
+    """What ``config`` says a sandbox should be. Raises InvalidRequestError for an unknown backend or a wrong value."""
+    return SandboxSpec(
+        backend=check_backend(config.execution_backend),
+        sandbox_id=check_id(sandbox_id, "sandbox id") if sandbox_id is not None else f"sb-{uuid.uuid4().hex[:20]}",
+        image=config.image,
+        env=config.env,
+        cpus=config.cpus,
+        memory_bytes=config.memory_bytes,
+        disk_bytes=config.disk_bytes,
+        max_processes=config.max_processes,
+        network=config.network,
+        lifetime_s=config.lifetime_s,
+        readonly_paths=config.readonly_paths,
+    )
+
+
+def make_journal(config: AppConfig) -> Journal:
+    """A journal with a connection pool of its own, for use on one event loop."""
+    redis = connect(config.redis_url)
+    return Journal(redis, namespace=config.namespace, retention_s=config.retention_s, collected_s=config.collected_s)
+
+
+def make_environment(config: AppConfig, sandbox_id: str | None = None) -> AsyncSandboxEnvironment:
+    """A sandbox that is not made yet; nothing is contacted."""
+    spec = make_spec(config, sandbox_id)
+    if config.dispatch == "direct":
+        port: DirectPort | QueuePort = DirectPort(make_backend(config), spec, client=client_name())
+    else:
+        port = QueuePort(make_journal(config), config, spec.sandbox_id, spec)
+    return AsyncSandboxEnvironment(port, config, spec.sandbox_id)
+
+
+async def attach_environment(config: AppConfig, sandbox_id: str) -> AsyncSandboxEnvironment:
+    """A sandbox that exists.
+
+    Raises:
+        SandboxNotFoundError: none of this id is there, or it was torn down.
+    """
+    check_id(sandbox_id, "sandbox id")
+    if config.dispatch == "direct":
+        direct = await DirectPort.attached(make_backend(config), sandbox_id, client=client_name())
+        return AsyncSandboxEnvironment(direct, config, sandbox_id)
+    port = QueuePort(make_journal(config), config, sandbox_id, None)
+    try:
+        await port.check_exists()
+    except BaseException:
+        await port.close()
+        raise
+    return AsyncSandboxEnvironment(port, config, sandbox_id)
+
+
+def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
+    """Everything of a worker process besides Celery."""
+    backend = make_backend(config)
+    portal, lease_portal = Portal(), Portal("cifixer-lease")
+    journal, lease_journal = make_journal(config), make_journal(config)
+    ownership = Ownership(backend, wid)
+    executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid)
+    placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}
+
+    async def listen(on_cancel: Callable[[str], None]) -> None:
+        async with journal.redis.pubsub() as pubsub:
+            await pubsub.subscribe(journal.keys.control(wid))
+            async for message in pubsub.listen():
+                if message["type"] == "message":
+                    on_cancel(message["data"].decode())
+
+    async def close() -> None:
+        await journal.redis.aclose()
+        await asyncio.wrap_future(lease_portal.submit(lease_journal.redis.aclose()))
+
+    runtime: WorkerRuntime
+    lease = Lease(
+        lease_journal, wid=wid, ttl_s=config.lease_s, info=lambda: {**placed, **runtime.info()}, on_lapse=lambda: runtime.lapsed()
+    )
+    runtime = WorkerRuntime(
+        wid=wid,
+        portal=portal,
+        lease_portal=lease_portal,
+        lease=lease,
+        journal=journal,
+        ownership=ownership,
+        executor=executor,
+        listen=listen,
+        close=close,
+        drain_s=config.drain_s,
+    )
+    return runtime
+
+
+def make_reaper(config: AppConfig, journal: Journal) -> Reaper:
+    """The reaper of this worker's backend and placement."""
+    return Reaper(journal=journal, backend=make_backend(config), creation_grace_s=config.creation_grace_s)

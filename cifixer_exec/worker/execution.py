@@ -1,0 +1,165 @@
+"""Carrying out one granted op: make, run, ask, end; and the truth about it into the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cifixer_exec.backends.base import Backend
+from cifixer_exec.channel.connection import EpochStaleError
+from cifixer_exec.errors import BackendError, ExecutorError, SandboxLostError, error_to_json
+from cifixer_exec.model import Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
+from cifixer_exec.sandbox import SandboxSession
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.operations import commands_from
+from cifixer_exec.queues import placement_queue
+from cifixer_exec.store.records import Taken
+from cifixer_exec.worker.ownership import Ownership
+from cifixer_exec.worker.publisher import FencedError, Publisher
+
+log = logging.getLogger(__name__)
+CANCEL_RETRY_S = 0.05
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A command op in progress, as :meth:`Executor.cancel` needs it."""
+
+    session: SandboxSession
+    commands: int
+
+
+class Executor:
+    """Runs ops on the worker's event loop."""
+
+    def __init__(self, *, journal: Journal, backend: Backend, ownership: Ownership, wid: str) -> None:
+        self._journal = journal
+        self._backend = backend
+        self._ownership = ownership
+        self._wid = wid
+        self._running: dict[str, _Running] = {}
+        self._kinds: dict[str, Callable[[Taken], Awaitable[None]]] = {
+            "create": self._create,
+            "destroy": self._destroy,
+            "start": self._start,
+            "extend": self._extend,
+        }
+
+    async def execute(self, taken: Taken) -> None:
+        """Carry out ``taken`` and record its end. Never raises for what went wrong with the op itself."""
+        try:
+            await self._kinds.get(taken.kind, self._call)(taken)
+        except (FencedError, EpochStaleError):
+            log.warning("op %s: fenced, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
+            self._ownership.drop(taken.sandbox_id)
+        except SandboxLostError as error:
+            await self._lost(taken, str(error))
+            await self._fail(taken, error)
+        except ExecutorError as error:
+            await self._fail(taken, error)
+        except Exception as error:
+            # A defect of ours must not leave the caller waiting; its text may hold what the sandbox sent, so only the type is told.
+            log.exception("op %s (%s) failed in the worker", taken.op_id, taken.kind)
+            await self._fail(taken, ExecutorError(f"the worker failed with {type(error).__name__} on op {taken.op_id}: see its log"))
+
+    async def cancel(self, op_id: str) -> None:
+        """Kill the commands of an op until it has ended; it may be just about to start them."""
+        while (running := self._running.get(op_id)) is not None:
+            try:
+                await running.session.kill(op_id, running.commands)
+            except (ExecutorError, EpochStaleError):
+                return
+            await asyncio.sleep(CANCEL_RETRY_S)
+
+    async def _create(self, taken: Taken) -> None:
+        spec = SandboxSpec.from_json(taken.spec)
+        handle = await asyncio.to_thread(self._backend.create, spec)
+        try:
+            await self._ownership.add(taken, handle).channel.connect()
+            queue = placement_queue(handle.backend, handle.placement)
+            registered = await self._journal.ready(
+                self._wid, taken.sandbox_id, taken.epoch, handle=handle.to_json(), placement=handle.placement, queue=queue
+            )
+        except ExecutorError:
+            await self._unmake(handle)
+            raise
+        if not registered:
+            # Another worker may have adopted the creation: the sandbox is the same one (its name is), so it is not ours to destroy.
+            raise FencedError
+        await self._done(taken, handle.to_json())
+
+    async def _unmake(self, handle: SandboxHandle) -> None:
+        self._ownership.drop(handle.sandbox_id)
+        await asyncio.to_thread(self._backend.destroy, handle)
+
+    async def _destroy(self, taken: Taken) -> None:
+        self._ownership.drop(taken.sandbox_id)
+        if taken.handle is not None:
+            handle = SandboxHandle.from_json(taken.handle)
+        else:
+            handle = SandboxHandle(backend=self._backend.name, sandbox_id=taken.sandbox_id, placement=self._backend.placement)
+        await asyncio.to_thread(self._backend.destroy, handle)
+        closed = await self._journal.close(
+            taken.sandbox_id, state="closed", cause="it was torn down", wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id
+        )
+        if not closed:
+            raise FencedError
+        await self._done(taken, {})
+
+    async def _start(self, taken: Taken) -> None:
+        commands = commands_from(taken.payload, taken.body)
+        session = self._ownership.session(taken)
+        publisher = Publisher(lambda chunks: self._journal.publish(self._wid, taken.op_id, taken.epoch, chunks))
+        self._running[taken.op_id] = _Running(session, len(commands))
+        cancelling = asyncio.create_task(self.cancel(taken.op_id)) if taken.cancel else None
+        try:
+            async for item in session.run(taken.op_id, commands):
+                if isinstance(item, OutputChunk):
+                    await publisher.add(item)
+                else:
+                    await self._ended(taken, item, await publisher.rest())
+        finally:
+            del self._running[taken.op_id]
+            if cancelling is not None:
+                cancelling.cancel()
+
+    async def _ended(self, taken: Taken, ended: Ended, rest: list[OutputChunk]) -> None:
+        lost = next((r.cause for r in ended.records if r.status is Status.SANDBOX_LOST), None)
+        if lost is not None:
+            await self._lost(taken, lost)
+        await self._done(taken, {"records": [r.to_json() for r in ended.records]}, chunks=rest)
+
+    async def _extend(self, taken: Taken) -> None:
+        lifetime_s = float(taken.payload["lifetime_s"])
+        await self._ownership.session(taken).extend(lifetime_s)
+        await self._journal.set_expiry(taken.sandbox_id, lifetime_s)
+        await self._done(taken, {})
+
+    async def _call(self, taken: Taken) -> None:
+        answer = await self._ownership.session(taken).call(taken.kind, taken.payload, taken.body)
+        await self._done(taken, answer.document, body=answer.body)
+
+    async def _done(self, taken: Taken, result: Mapping[str, Any], *, body: bytes = b"", chunks: list[OutputChunk] | None = None) -> None:
+        if not await self._journal.finish(
+            self._wid, taken.op_id, taken.epoch, state="done", result=result, body=body, chunks=chunks or ()
+        ):
+            raise FencedError
+
+    async def _fail(self, taken: Taken, error: ExecutorError) -> None:
+        written = await self._journal.finish(self._wid, taken.op_id, taken.epoch, state="failed", error=error_to_json(error))
+        if not written:
+            log.warning("op %s: its failure was not recorded, another worker owns it now", taken.op_id)
+
+    async def _lost(self, taken: Taken, cause: str) -> None:
+        """Close the registry entry; what is left on the platform goes too, so that a lost sandbox leaves nothing behind."""
+        self._ownership.drop(taken.sandbox_id)
+        await self._journal.close(taken.sandbox_id, state="lost", cause=cause, wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id)
+        if taken.handle is not None:
+            try:
+                await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))
+            except BackendError as error:
+                log.warning("lost sandbox %s could not be removed now, the reaper will: %s", taken.sandbox_id, error)
+

@@ -1,0 +1,64 @@
+"""The worker's proof of life: a heartbeat on a loop and connection of its own, so that no load on the other loop delays it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cifixer_exec.errors import ExecutorError
+from cifixer_exec.store.journal import Journal
+
+log = logging.getLogger(__name__)
+
+#: The lease counts as lost this much before Redis says so: the fence closes before anyone else may adopt.
+SAFETY = 0.8
+
+
+class Lease:
+    """``on_lapse`` is called (on the lease's loop) when the lease had to be made anew: nothing is owned any more."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        wid: str,
+        ttl_s: float,
+        info: Callable[[], Mapping[str, Any]],
+        on_lapse: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal = journal
+        self._wid = wid
+        self._ttl_s = ttl_s
+        self._info = info
+        self._on_lapse = on_lapse
+        self._clock = clock
+        self._renewed_at = float("-inf")
+
+    def valid(self) -> bool:
+        """Whether this worker may still act as owner; measured from the *sending* of the last renewal that succeeded."""
+        return self._clock() - self._renewed_at < SAFETY * self._ttl_s
+
+    async def take(self) -> None:
+        """The first renewal, before anything is consumed. Raises QueueUnavailableError."""
+        sent_at = self._clock()
+        await self._journal.renew(self._wid, self._ttl_s, self._info())
+        self._renewed_at = sent_at
+
+    async def keep(self) -> None:
+        """Renew for ever, six times per lifetime of the lease."""
+        while True:
+            await asyncio.sleep(self._ttl_s / 6)
+            sent_at = self._clock()
+            try:
+                fresh = await self._journal.renew(self._wid, self._ttl_s, self._info())
+            except ExecutorError as error:
+                log.warning("the lease could not be renewed: %s", error)
+                continue
+            self._renewed_at = sent_at
+            if fresh:
+                log.warning("the lease had lapsed: this worker owns nothing any more")
+                self._on_lapse()

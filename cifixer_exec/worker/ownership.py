@@ -1,0 +1,54 @@
+"""The sandboxes this worker owns: one session (and so one channel) per sandbox and epoch."""
+
+from __future__ import annotations
+
+from cifixer_exec.backends.base import Backend
+from cifixer_exec.errors import SandboxLostError
+from cifixer_exec.model import SandboxHandle, SandboxSpec
+from cifixer_exec.sandbox import SandboxSession
+from cifixer_exec.store.records import Taken
+
+
+class Ownership:
+    """Used on one event loop."""
+
+    def __init__(self, backend: Backend, wid: str) -> None:
+        self._backend = backend
+        self._wid = wid
+        self._sessions: dict[str, tuple[int, SandboxSession]] = {}
+
+    def session(self, taken: Taken) -> SandboxSession:
+        """The session for a granted op; a new epoch gets a new one, which fences the old in the runner too.
+
+        Raises:
+            SandboxLostError: the registry has no handle: the sandbox was never finished.
+        """
+        epoch, session = self._sessions.get(taken.sandbox_id, (0, None))
+        if session is not None and epoch == taken.epoch:
+            return session
+        if session is not None:
+            session.close()
+        if taken.handle is None:
+            raise SandboxLostError(f"sandbox {taken.sandbox_id!r} was never ready")
+        return self.add(taken, SandboxHandle.from_json(taken.handle))
+
+    def add(self, taken: Taken, handle: SandboxHandle) -> SandboxSession:
+        """A session for a sandbox that was just made or found."""
+        spec = SandboxSpec.from_json(taken.spec)
+        session = SandboxSession(self._backend, handle, spec, epoch=taken.epoch, client=self._wid)
+        self._sessions[taken.sandbox_id] = (taken.epoch, session)
+        return session
+
+    def drop(self, sandbox_id: str) -> None:
+        """Close the channel; the sandbox itself is left as it is."""
+        _, session = self._sessions.pop(sandbox_id, (0, None))
+        if session is not None:
+            session.close()
+
+    def drop_all(self) -> None:
+        """Close every channel: the lease lapsed, or the worker ends."""
+        for sandbox_id in list(self._sessions):
+            self.drop(sandbox_id)
+
+    def __len__(self) -> int:
+        return len(self._sessions)

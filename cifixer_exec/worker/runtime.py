@@ -1,0 +1,148 @@
+"""All that lives in a worker process besides Celery: event loops, lease, janitor, cancel messages, and the ops in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from cifixer_exec.channel.portal import Portal
+from cifixer_exec.errors import ExecutorError
+from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.records import Taken
+from cifixer_exec.worker.execution import Executor
+from cifixer_exec.worker.lease import Lease
+from cifixer_exec.worker.ownership import Ownership
+
+log = logging.getLogger(__name__)
+SWEEP_INTERVAL_S = 1.0
+CANCEL_CHECK_S = 1.0
+
+#: Listens for op ids to cancel, for ever; given by the wiring.
+Listen = Callable[[Callable[[str], None]], Awaitable[None]]
+
+
+class WorkerRuntime:
+    """One per worker process. ``start`` before the first message is consumed, ``stop`` after the last."""
+
+    def __init__(
+        self,
+        *,
+        wid: str,
+        portal: Portal,
+        lease_portal: Portal,
+        lease: Lease,
+        journal: Journal,
+        ownership: Ownership,
+        executor: Executor,
+        listen: Listen,
+        close: Callable[[], Coroutine[Any, Any, None]],
+        drain_s: float,
+    ) -> None:
+        self.wid = wid
+        self.journal = journal
+        self.portal = portal
+        self._lease_portal = lease_portal
+        self._lease = lease
+        self._ownership = ownership
+        self._executor = executor
+        self._listen = listen
+        self._close = close
+        self._drain_s = drain_s
+        self._background: list[Future[Any]] = []
+        self._active: set[asyncio.Task[Any]] = set()
+        self._cancels: dict[str, asyncio.Task[None]] = {}
+        self._draining = False
+
+    def start(self) -> None:
+        """Take the lease and begin the background work.
+
+        Raises:
+            QueueUnavailableError: no lease, so nothing may be consumed.
+        """
+        self._lease_portal.call(self._lease.take())
+        self._background = [
+            self._lease_portal.submit(self._lease.keep()),
+            self.portal.submit(self._for_ever("sweep", SWEEP_INTERVAL_S, self._sweep)),
+            self.portal.submit(self._for_ever("cancel check", CANCEL_CHECK_S, self._check_cancelled)),
+            self.portal.submit(self._for_ever("cancel messages", 0.5, lambda: self._listen(self._cancel))),
+        ]
+
+    def handle(self, op_id: str) -> str:
+        """Answer a doorbell, in a pool thread: run the op if it is granted. Returns what was done, for the task's log line."""
+        try:
+            return self.portal.call(self._handle(op_id))
+        except CancelledError:
+            return "detached"
+
+    def stop(self) -> None:
+        """Drain: what runs may end within ``drain_s``, the rest goes on in its sandbox for the next owner; then give the lease up."""
+        self._draining = True
+        self.portal.call(self._drain())
+        for future in self._background:
+            future.cancel()
+        handed_over = self.portal.call(self.journal.release(self.wid))
+        log.info("drained: %d sandboxes handed over", handed_over)
+        self.portal.call(self._close())
+        self._lease_portal.stop()
+        self.portal.stop()
+
+    def info(self) -> Mapping[str, Any]:
+        """What the lease tells about this worker."""
+        return {"sandboxes": len(self._ownership), "active": len(self._active), "draining": self._draining}
+
+    def lapsed(self) -> None:
+        """Called from the lease's loop: whoever owned is fenced now."""
+        self.portal.loop.call_soon_threadsafe(self._ownership.drop_all)
+
+    async def _handle(self, op_id: str) -> str:
+        if self._draining or not self._lease.valid():
+            await self.journal.ring(op_id)
+            return "passed on"
+        outcome = await self.journal.take(self.wid, op_id, uuid.uuid4().hex)
+        if not isinstance(outcome, Taken):
+            return outcome.reason
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # always within a task: Portal.call made it
+        self._active.add(task)
+        try:
+            await self._executor.execute(outcome)
+        finally:
+            self._active.discard(task)
+        return outcome.kind
+
+    async def _drain(self) -> None:
+        active = self._active - {asyncio.current_task()}
+        if active:
+            _, left = await asyncio.wait(active, timeout=self._drain_s)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        self._ownership.drop_all()
+
+    async def _sweep(self) -> None:
+        if not self._draining and self._lease.valid():
+            await self.journal.sweep(self.wid)
+
+    async def _check_cancelled(self) -> None:
+        """The pub/sub message may have been missed."""
+        for op_id in await self.journal.cancelled_ops(self.wid):
+            self._cancel(op_id)
+
+    def _cancel(self, op_id: str) -> None:
+        if op_id not in self._cancels:
+            task = self._cancels[op_id] = asyncio.ensure_future(self._executor.cancel(op_id))
+            task.add_done_callback(lambda _: self._cancels.pop(op_id, None))
+
+    async def _for_ever(self, what: str, interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await step()
+            except ExecutorError as error:
+                log.warning("%s: %s", what, error)
+            except Exception:
+                log.exception("%s failed, and will be tried again", what)
+            await asyncio.sleep(interval_s)

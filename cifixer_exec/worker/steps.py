@@ -1,0 +1,88 @@
+"""Where the worker's own parts hook into Celery's start and stop."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+from celery import bootsteps
+from celery.worker.consumer import Consumer
+from kombu import Exchange, Queue
+
+from cifixer_exec.worker.runtime import WorkerRuntime
+
+log = logging.getLogger(__name__)
+_runtime: WorkerRuntime | None = None
+
+
+def runtime() -> WorkerRuntime:
+    """The runtime of this worker process.
+
+    Raises:
+        RuntimeError: this process is no worker (a task was called in place).
+    """
+    if _runtime is None:
+        raise RuntimeError("this process is no cifixer-exec worker: send the task to one (task.delay), do not call it")
+    return _runtime
+
+
+def boot_name(node_name: str) -> str:
+    """A node name with a boot id, so that a restarted worker is a new owner: Redis would hand it its forerunner's messages else."""
+    name, _, host = node_name.partition("@")
+    return f"{name}-{uuid.uuid4().hex[:8]}@{host}"
+
+
+def select_queues(worker: Any, names: list[str]) -> None:
+    """Consume exactly ``names`` (and the direct queue, which Celery adds itself when ``worker_direct`` is set)."""
+    exchange = Exchange("sbx", type="direct")
+    direct = [q for q in worker.app.amqp.queues.consume_from if q.endswith(".dq2")]
+    for name in names:
+        worker.app.amqp.queues.add(Queue(name, exchange, routing_key=name))
+    worker.app.amqp.queues.select([*names, *direct])
+
+
+class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Takes the lease before anything is consumed and drains after the consumer has stopped: Celery stops in reverse order."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._stopped = False
+
+    def start(self, parent: Any) -> None:
+        global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
+        from cifixer_exec.wiring import make_runtime, worker_config
+
+        _runtime = make_runtime(worker_config(), wid=parent.hostname)
+        _runtime.start()
+        log.info("worker %s holds its lease", parent.hostname)
+
+    def stop(self, parent: Any) -> None:
+        if _runtime is not None and not self._stopped:
+            self._stopped = True
+            _runtime.stop()
+
+    def terminate(self, parent: Any) -> None:
+        self.stop(parent)
+
+
+class PatientConsumer(Consumer):  # type: ignore[misc]
+    """Reconnects within a second of Redis coming back; Celery's own back-off grows to 30 s and cannot be set."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        conn = conn.ensure_connection(
+            self._reconnect_error, None, interval_start=0.2, interval_step=0.2, interval_max=1.0, callback=self._should_stop
+        )
+        conn.transport_options = self.app.conf.broker_transport_options
+        return conn
+
+    def _reconnect_error(self, error: Exception, interval_s: float) -> None:
+        log.warning("no connection to the broker (%s), next try in %.1f s", type(error).__name__, interval_s)
+
+    @staticmethod
+    def _should_stop() -> None:
+        from celery.worker import state
+
+        state.maybe_shutdown()

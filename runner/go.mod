@@ -1,0 +1,3 @@
+module cifixer.dev/runner
+
+go 1.27

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"runtime"
+	"sync"
+	"syscall"
+	"unsafe"
+)
+
+// Numbers that the syscall package does not have. <linux/prctl.h>, <asm-generic/unistd.h>.
+const (
+	prSetDumpable       = 4
+	prSetNoNewPrivs     = 38
+	prSetChildSubreaper = 36
+	prCapAmbient        = 47
+	prCapAmbientClear   = 4
+
+	sysPidfdSendSignal = 424 // same number on every architecture since Linux 5.1
+	sysPidfdOpen       = 434
+
+	waitAll = 0x40000000 // __WALL, also children that were cloned with another exit signal
+
+	rlimitNproc = 6
+	rlimitCore  = 4
+)
+
+func prctl(option, value uintptr) error {
+	if _, _, errno := syscall.RawSyscall6(syscall.SYS_PRCTL, option, value, 0, 0, 0, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func setDumpable(on bool) {
+	var value uintptr
+	if on {
+		value = 1
+	}
+	_ = prctl(prSetDumpable, value)
+}
+
+func becomeSubreaper() error { return prctl(prSetChildSubreaper, 1) }
+
+// prewarmThreads makes the Go runtime create OS threads now. A fork bomb can use up the process
+// limit later; clone(2) then fails, and for the Go runtime a thread it cannot create is fatal.
+// Threads that were created once stay parked for reuse, as long as no goroutine ends while locked.
+func prewarmThreads(count int) {
+	var all, done sync.WaitGroup
+	release := make(chan struct{})
+	all.Add(count)
+	done.Add(count)
+	for range count {
+		go func() {
+			defer done.Done()
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			all.Done()
+			<-release
+		}()
+	}
+	all.Wait()
+	close(release)
+	done.Wait()
+}
+
+// lowerLimit sets soft and hard limit, never above the hard limit there is.
+func lowerLimit(resource int, value uint64) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(resource, &limit); err != nil {
+		return err
+	}
+	limit.Max = min(limit.Max, value)
+	limit.Cur = limit.Max
+	return syscall.Setrlimit(resource, &limit)
+}
+
+// bytesReadable says how many bytes wait in a pipe. ioctl_pipe(2), FIONREAD.
+func bytesReadable(fd uintptr) int {
+	var count int32
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, syscall.TIOCINQ, uintptr(unsafe.Pointer(&count)))
+	if errno != 0 {
+		return 0
+	}
+	return int(count)
+}
