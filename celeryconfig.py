@@ -37,7 +37,12 @@ redis_backend_health_check_interval = 10
 
 # --- delivery ----------------------------------------------------------------------------------------------------------
 task_acks_late = False  # the journal redelivers; a late ack runs twice after a connection reset or a drain
-task_publish_retry_policy = {"max_retries": 3, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.5}  # op ids make repeats harmless
+task_publish_retry_policy = {
+    "max_retries": 3,
+    "interval_start": 0,
+    "interval_step": 0.1,
+    "interval_max": 0.5,
+}  # op ids make repeats harmless
 broker_connection_retry_on_startup = True  # Redis may start after us
 broker_connection_max_retries = None  # a worker never gives up on Redis
 broker_pool_limit = 32  # publishers in threads
@@ -73,7 +78,7 @@ worker_prefetch_multiplier = 1  # doorbells that wait here are kept from idle pe
 worker_disable_prefetch = False  # with early ack it stalls: nothing wakes the hub when a job ends (kombu 5.7)
 worker_consumer = "cifixer_exec.worker.steps:PatientConsumer"  # reconnects within 1 s instead of 2, 4, … 30 s
 worker_soft_shutdown_timeout = 0  # the drain is ours
-worker_send_task_events = True  # Flower
+worker_send_task_events = False  # three PUBLISH per op on the hub thread: Flower switches it on while it watches
 task_send_sent_event = False
 task_track_started = False  # a write per op for what the journal knows
 worker_hijack_root_logger = False

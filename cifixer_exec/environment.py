@@ -188,7 +188,13 @@ class AsyncSandboxEnvironment:
         raw = _stdin_bytes(stdin)
         inline = len(raw) <= INLINE_STDIN_BYTES
         parsed = self._parse(
-            command, env=env, cwd=cwd, timeout_s=timeout_s, stdin=raw if inline else b"", stdin_open=not inline, output_limit_bytes=output_limit_bytes
+            command,
+            env=env,
+            cwd=cwd,
+            timeout_s=timeout_s,
+            stdin=raw if inline else b"",
+            stdin_open=not inline,
+            output_limit_bytes=output_limit_bytes,
         )
         op_id = check_id(op_id, "op id") if op_id is not None else new_op_id()
         source = self._port.run(op_id, [parsed])
@@ -266,7 +272,10 @@ class AsyncSandboxEnvironment:
         await transfer.upload(self._port.call, Path(source), check_path(path), exclude)
 
     async def download(self, path: str, destination: str | Path, *, exclude: Sequence[str] = ()) -> None:
-        """Copy a file, or the content of a directory, from the sandbox. What comes is untrusted: links out of ``destination`` are refused."""
+        """Copy a file, or the content of a directory, from the sandbox.
+
+        What comes is untrusted: links out of ``destination`` are refused.
+        """
         await transfer.download(self._port.call, check_path(path), Path(destination), exclude)
 
     async def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 10_000) -> list[FileInfo]:

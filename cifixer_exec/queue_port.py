@@ -41,7 +41,9 @@ class QueuePort:
             raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} was attached to, so it cannot be initialised again")
         created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
         # The op id follows from the sandbox id, so that a repeated create is the same op.
-        await self._ask(NewOp(op_id=f"create-{self._sandbox_id}", sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s))
+        await self._ask(
+            NewOp(op_id=f"create-{self._sandbox_id}", sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s)
+        )
 
     async def destroy(self) -> None:
         await self._ask(self._op("destroy", {}))

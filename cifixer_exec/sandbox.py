@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from cifixer_exec.backends.base import Backend
@@ -28,7 +29,22 @@ from cifixer_exec.output import OutputGate
 
 #: The runner's verbs that may be asked for from outside; start, kill and extend have ways of their own.
 VERBS = frozenset(
-    {"status", "stdin", "signal", "forget", "write", "abort_write", "read", "stat", "list_files", "mkdir", "remove", "pack", "unpack", "stats"}
+    {
+        "status",
+        "stdin",
+        "signal",
+        "forget",
+        "write",
+        "abort_write",
+        "read",
+        "stat",
+        "list_files",
+        "mkdir",
+        "remove",
+        "pack",
+        "unpack",
+        "stats",
+    }
 )
 READ_OUTPUT = "read_output"
 
@@ -41,11 +57,9 @@ class SandboxSession:
     ) -> None:
         self.backend = backend
         self.handle = handle
-        self._env = spec.env
+        self._env = {**backend.environment(handle, spec), **spec.env}
         self._clock = clock
-        self.channel = Channel(
-            dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle)
-        )
+        self.channel = Channel(dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle))
 
     async def inspect(self) -> Inspection:
         """Alive or not; asks the platform in a thread."""
@@ -59,11 +73,12 @@ class SandboxSession:
         records: list[ExecRecord] = []
         for index, command in enumerate(commands):
             gate = OutputGate(command.output_limit_bytes)
-            async for item in self._run_one(op_id, index, with_env(command, self._env)):
-                if isinstance(item, ExecRecord):
-                    records.append(item)
-                elif (passed := gate.take(item)) is not None:
-                    yield passed
+            async with aclosing(self._run_one(op_id, index, with_env(command, self._env))) as items:
+                async for item in items:
+                    if isinstance(item, ExecRecord):
+                        records.append(item)
+                    elif (passed := gate.take(item)) is not None:
+                        yield passed
             for chunk in gate.rest(index):
                 yield chunk
             if not records[-1].ok:
@@ -107,8 +122,9 @@ class SandboxSession:
 
     async def _run_one(self, op_id: str, index: int, command: Command) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         try:
-            async for item in self.channel.run(f"{op_id}:{index}", command, index=index):
-                yield item
+            async with aclosing(self.channel.run(f"{op_id}:{index}", command, index=index)) as items:
+                async for item in items:
+                    yield item
         except SandboxLostError as error:
             yield ExecRecord(status=Status.SANDBOX_LOST, cause=str(error))
 
@@ -117,13 +133,12 @@ class SandboxSession:
         stream, offset, length = Stream(arguments["stream"]), int(arguments["offset"]), int(arguments["length"])
         offsets = (offset, 1 << 61) if stream is Stream.STDOUT else (1 << 61, offset)
         found: list[OutputChunk] = []
-        source = self.channel.attach(str(arguments["op_id"]), offsets=offsets, follow=False)
-        async for item in source:
-            if isinstance(item, OutputChunk) and item.stream is stream:
-                found.append(item)
-                if sum(len(c.data) for c in found) >= min(length, MAX_BODY_BYTES):
-                    break
-        await source.aclose()
+        async with aclosing(self.channel.attach(str(arguments["op_id"]), offsets=offsets, follow=False)) as items:
+            async for item in items:
+                if isinstance(item, OutputChunk) and item.stream is stream:
+                    found.append(item)
+                    if sum(len(c.data) for c in found) >= min(length, MAX_BODY_BYTES):
+                        break
         body = b"".join(c.data for c in found)[: min(length, MAX_BODY_BYTES)]
         return Answer({"offset": found[0].offset if found else offset}, body)
 
@@ -173,11 +188,13 @@ class DirectPort:
     async def follow(self, op_id: str) -> AsyncGenerator[OutputChunk | Ended, None]:
         """A known op again from its first byte; one of another process as far as the runner knows it."""
         if op_id in self._commands:
-            async for item in self._live().run(op_id, self._commands[op_id]):
-                yield item
+            async with aclosing(self._live().run(op_id, self._commands[op_id])) as items:
+                async for item in items:
+                    yield item
             return
-        async for part in self._live().channel.attach(f"{op_id}:0"):
-            yield Ended(records=(part,)) if isinstance(part, ExecRecord) else part
+        async with aclosing(self._live().channel.attach(f"{op_id}:0")) as parts:
+            async for part in parts:
+                yield Ended(records=(part,)) if isinstance(part, ExecRecord) else part
 
     async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         return await self._live().call(verb, arguments, body)

@@ -179,4 +179,4 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_UNSAFE_NO_ISOLATION": ("unsafe_no_isolation", _flag),
 }
 
-assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # noqa: S101  # each field has its variable
+assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # each field has its variable

@@ -7,6 +7,7 @@ here, or ``send_task("cifixer_exec.run_command", …)`` from any process; the ta
 from __future__ import annotations
 
 import base64
+import logging
 import uuid
 from collections.abc import Mapping
 from functools import cache
@@ -20,11 +21,11 @@ from cifixer_exec.errors import ExecutorError, InvalidRequestError
 from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
 from cifixer_exec.operations import commands_payload, new_op_id
 from cifixer_exec.output import OutputCollector
-from cifixer_exec.queues import MAINTENANCE, placement_queue, pool_queue
+from cifixer_exec.queues import placement_queue, pool_queue
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import End, NewOp, NewSandbox
-from cifixer_exec.wiring import make_backend, make_journal, make_reaper, make_spec, worker_config
+from cifixer_exec.wiring import make_journal, make_reaper, make_spec, worker_config, worker_queues
 from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
 
 app = Celery("cifixer_exec", set_as_current=False)
@@ -42,12 +43,18 @@ def _name_worker(instance: Any = None, **_: Any) -> None:
 def _select_queues(instance: Any = None, **_: Any) -> None:
     """This worker's backend and placement decide what it consumes, not the command line."""
     if instance.app is app:
-        backend = make_backend(worker_config())
-        select_queues(instance, [MAINTENANCE, pool_queue(backend.name), placement_queue(backend.name, backend.placement)])
+        select_queues(instance, worker_queues(worker_config()))
+
+
+@signals.after_setup_logger.connect
+def _quieten(**_: Any) -> None:
+    """Two lines per doorbell tell nothing that the journal does not, and cost as much as the doorbell."""
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @app.task(name="cifixer_exec.ring", ignore_result=True)
-def ring(sandbox_id: str, op_id: str) -> None:
+def ring(_sandbox_id: str, op_id: str) -> None:
     """The doorbell: look at this op. All it needs is in the journal."""
     runtime().handle(op_id)
 
@@ -68,7 +75,7 @@ def reap_placement() -> None:
     worker.portal.call(make_reaper(worker_config(), worker.journal).reap())
 
 
-class OpTask(Task):  # type: ignore[misc]
+class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     """A task whose id is an op id. Sent with :meth:`delay`, its payload goes into the journal first and only ids travel in the message,
     so commands, environments and secrets never show in Flower, events or logs.
     """
@@ -77,7 +84,9 @@ class OpTask(Task):  # type: ignore[misc]
     ignore_result = False
     argsrepr = "(…)"
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any) -> Any:
+    def apply_async(  # type: ignore[override]  # the options are handed on as they are
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
+    ) -> Any:
         op = self.make_op(task_id or new_op_id(), *(args or ()), **(kwargs or {}))
         process_portal().call(_client_journal().submit(op))
         hidden = {"argsrepr": f"({op.sandbox_id!r}, …)", "kwargsrepr": "{}"}
@@ -106,11 +115,11 @@ class _TeardownSandbox(OpTask):
     abstract = True
 
     def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
-        return NewOp(op_id=op_id, sandbox_id=args[0], kind="destroy", timeout_s=worker_config().start_timeout_s)
+        return _teardown_op(op_id, *args, **kwargs)
 
 
 @app.task(name="cifixer_exec.run_command", base=_RunCommand, bind=True)
-def run_command(self: Any, sandbox_id: str, command: Any = None, *, journaled: bool = False, **options: Any) -> dict[str, Any]:
+def run_command(self: Any, /, sandbox_id: str, command: Any = None, *, journaled: bool = False, **options: Any) -> dict[str, Any]:
     """Run a command; the result as a dict: status, exit_code, signal, stdout, stderr (text), sizes, duration_s, cause, op_id.
 
     ``options``: env, cwd, timeout_s, stdin (text), output_limit_bytes. Streams that are not UTF-8 come in ``stdout_base64`` too.
@@ -121,7 +130,7 @@ def run_command(self: Any, sandbox_id: str, command: Any = None, *, journaled: b
 
 
 @app.task(name="cifixer_exec.create_sandbox", base=_CreateSandbox, bind=True)
-def create_sandbox(self: Any, sandbox_id: str | None = None, *, journaled: bool = False, **overrides: Any) -> dict[str, Any]:
+def create_sandbox(self: Any, /, sandbox_id: str | None = None, *, journaled: bool = False, **overrides: Any) -> dict[str, Any]:
     """Make a sandbox; ``overrides`` are fields of AppConfig. Returns ``{"sandbox_id": …}``."""
     if not journaled and sandbox_id is None:
         sandbox_id = f"sb-{uuid.uuid5(uuid.NAMESPACE_OID, self.request.id).hex[:20]}"
@@ -130,9 +139,9 @@ def create_sandbox(self: Any, sandbox_id: str | None = None, *, journaled: bool 
 
 
 @app.task(name="cifixer_exec.teardown_sandbox", base=_TeardownSandbox, bind=True)
-def teardown_sandbox(self: Any, sandbox_id: str, *, journaled: bool = False) -> dict[str, Any]:
+def teardown_sandbox(self: Any, /, sandbox_id: str, *, journaled: bool = False) -> dict[str, Any]:
     """End a sandbox."""
-    _carry_out(self, journaled, lambda op_id: NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="destroy"))
+    _carry_out(self, journaled, lambda op_id: _teardown_op(op_id, sandbox_id))
     return {"sandbox_id": sandbox_id}
 
 
@@ -166,7 +175,9 @@ def _command_op(op_id: str, sandbox_id: str, command: Any, **options: Any) -> Ne
     config = worker_config()
     unknown = set(options) - {"env", "cwd", "timeout_s", "stdin", "output_limit_bytes"}
     if unknown:
-        raise InvalidRequestError(f"run_command does not know {', '.join(sorted(unknown))}: take env, cwd, timeout_s, stdin, output_limit_bytes")
+        raise InvalidRequestError(
+            f"run_command does not know {', '.join(sorted(unknown))}: take env, cwd, timeout_s, stdin, output_limit_bytes"
+        )
     stdin = options.pop("stdin", "")
     given = {k: v for k, v in options.items() if v is not None}
     defaults = {"timeout_s": config.command_timeout_s, "output_limit_bytes": config.output_limit_bytes}
@@ -180,6 +191,10 @@ def _create_op(op_id: str, sandbox_id: str | None = None, **overrides: Any) -> N
     spec = make_spec(config, sandbox_id)
     created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
     return NewOp(op_id=op_id, sandbox_id=spec.sandbox_id, kind="create", create=created, timeout_s=config.start_timeout_s)
+
+
+def _teardown_op(op_id: str, sandbox_id: str) -> NewOp:
+    return NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="destroy", timeout_s=worker_config().start_timeout_s)
 
 
 def _result_dict(result: ExecResult) -> dict[str, Any]:

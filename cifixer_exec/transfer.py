@@ -1,4 +1,7 @@
-"""Files in and out, in pieces of at most 1 MiB, each an idempotent request of its own: memory stays flat and a lost answer costs one piece."""
+"""Files in and out, in pieces of at most 1 MiB, each an idempotent request of its own.
+
+Memory stays flat, and a lost answer costs one piece.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import fnmatch
 import hashlib
 import io
 import os
+import stat
 import tarfile
 import tempfile
 import uuid
@@ -75,12 +79,11 @@ async def read_stream(call: Call, path: str, out: IO[bytes]) -> int:
 
 async def upload(call: Call, source: Path, path: str, exclude: Sequence[str]) -> None:
     """A local file to ``path``, or the content of a local directory into ``path``."""
-    if source.is_file():
-        with source.open("rb") as file:
-            await write_stream(call, path, file, mode=source.stat().st_mode & 0o777)
+    mode = await asyncio.to_thread(_mode_of, source)
+    if stat.S_ISREG(mode):
+        with open(source, "rb") as file:  # noqa: ASYNC230  # opening a local file does not wait
+            await write_stream(call, path, file, mode=stat.S_IMODE(mode) & 0o777)
         return
-    if not source.is_dir():
-        raise InvalidRequestError(f"{str(source)!r} is no file or directory here: give an existing one")
     archive = f"/tmp/.cifixer-upload-{uuid.uuid4().hex}.tar"  # noqa: S108  # in the sandbox
     with tempfile.TemporaryFile() as file:
         await asyncio.to_thread(_pack, source, file, exclude)
@@ -110,10 +113,21 @@ async def download(call: Call, path: str, destination: Path, exclude: Sequence[s
         await call("remove", {"path": packed["archive"], "recursive": False, "missing_ok": True})
 
 
-async def _download_file(call: Call, path: str, destination: Path) -> None:
-    """By a temporary name and rename, so that a broken transfer never looks like the file."""
+def _mode_of(source: Path) -> int:
+    if not source.is_file() and not source.is_dir():
+        raise InvalidRequestError(f"{str(source)!r} is no file or directory here: give an existing one")
+    return source.stat().st_mode
+
+
+def _target(path: str, destination: Path) -> Path:
     target = destination / os.path.basename(path) if destination.is_dir() else destination
     target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+async def _download_file(call: Call, path: str, destination: Path) -> None:
+    """By a temporary name and rename, so that a broken transfer never looks like the file."""
+    target = await asyncio.to_thread(_target, path, destination)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("wb") as file:
@@ -145,7 +159,9 @@ def _unpack(file: IO[bytes], destination: Path) -> None:
         for count, member in enumerate(archive):
             total += member.size
             if count >= MAX_ARCHIVE_MEMBERS or total > MAX_ARCHIVE_BYTES:
-                raise SandboxFileError(f"the downloaded directory has over {MAX_ARCHIVE_MEMBERS} entries or {MAX_ARCHIVE_BYTES} bytes: download parts of it")
+                raise SandboxFileError(
+                    f"the downloaded directory has over {MAX_ARCHIVE_MEMBERS} entries or {MAX_ARCHIVE_BYTES} bytes: download parts of it"
+                )
             _extract(archive, member, destination)
 
 
@@ -154,5 +170,3 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, destination: Pat
         archive.extract(member, destination, filter="data")
     except (tarfile.FilterError, OSError) as error:
         raise SandboxFileError(f"the sandbox sent {member.name!r}, which cannot be placed in {str(destination)!r}: {error}") from None
-
-

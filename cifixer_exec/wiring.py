@@ -14,6 +14,7 @@ from cifixer_exec.channel.portal import Portal
 from cifixer_exec.environment import AsyncSandboxEnvironment
 from cifixer_exec.model import SandboxSpec, check_id
 from cifixer_exec.queue_port import QueuePort
+from cifixer_exec.queues import MAINTENANCE, placement_queue, pool_queue
 from cifixer_exec.reaper import Reaper
 from cifixer_exec.sandbox import DirectPort
 from cifixer_exec.settings import AppConfig
@@ -110,7 +111,11 @@ def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
 
     runtime: WorkerRuntime
     lease = Lease(
-        lease_journal, wid=wid, ttl_s=config.lease_s, info=lambda: {**placed, **runtime.info()}, on_lapse=lambda: runtime.lapsed()
+        lease_journal,
+        wid=wid,
+        ttl_s=config.lease_s,
+        info=lambda: {**placed, **runtime.info()},
+        on_lapse=lambda: runtime.lapsed(),  # noqa: PLW0108  # it does not exist yet
     )
     runtime = WorkerRuntime(
         wid=wid,
@@ -125,6 +130,12 @@ def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
         drain_s=config.drain_s,
     )
     return runtime
+
+
+def worker_queues(config: AppConfig) -> list[str]:
+    """What a worker of this backend and placement consumes besides its direct queue."""
+    backend = make_backend(config)
+    return [MAINTENANCE, pool_queue(backend.name), placement_queue(backend.name, backend.placement)]
 
 
 def make_reaper(config: AppConfig, journal: Journal) -> Reaper:

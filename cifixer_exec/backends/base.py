@@ -7,7 +7,7 @@ same placement can go on with it. Commands and files are none of its business: t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cifixer_exec.channel.transport import Dial
@@ -87,7 +87,11 @@ class Backend(ABC):
             BackendUnavailableError: the platform does not answer (never an empty list instead).
         """
 
-    def token(self, handle: SandboxHandle) -> str:
+    def environment(self, handle: SandboxHandle, spec: SandboxSpec) -> Mapping[str, str]:  # noqa: ARG002
+        """What every command finds in its environment before ``spec.env`` and its own are added (the runner adds nothing)."""
+        return {}
+
+    def token(self, handle: SandboxHandle) -> str:  # noqa: ARG002  # for backends to override
         """The secret the runner wants in HELLO; empty where nothing inside can reach its socket."""
         return ""
 
@@ -110,8 +114,10 @@ class Backend(ABC):
             if value is not None and not possible:
                 raise InvalidRequestError(f"{name}={value!r} cannot be enforced by backend {self.name!r} here: {self.remedy_for(name)}")
         if spec.network is not None and spec.network not in can.networks:
-            raise InvalidRequestError(f"network={spec.network!r} is not possible on backend {self.name!r}: take one of {', '.join(can.networks)}")
+            raise InvalidRequestError(
+                f"network={spec.network!r} is not possible on backend {self.name!r}: take one of {', '.join(can.networks)}"
+            )
 
-    def remedy_for(self, name: str) -> str:
+    def remedy_for(self, name: str) -> str:  # noqa: ARG002  # for backends to override
         """What to do when ``name`` is asked for and not possible; backends say it more exactly."""
         return "leave it out or choose another backend"

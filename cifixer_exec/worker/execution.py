@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ from cifixer_exec.backends.base import Backend
 from cifixer_exec.channel.connection import EpochStaleError
 from cifixer_exec.errors import BackendError, ExecutorError, SandboxLostError, error_to_json
 from cifixer_exec.model import Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
-from cifixer_exec.sandbox import SandboxSession
-from cifixer_exec.store.journal import Journal
 from cifixer_exec.operations import commands_from
 from cifixer_exec.queues import placement_queue
+from cifixer_exec.sandbox import SandboxSession
+from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import Taken
 from cifixer_exec.worker.ownership import Ownership
 from cifixer_exec.worker.publisher import FencedError, Publisher
@@ -116,11 +117,12 @@ class Executor:
         self._running[taken.op_id] = _Running(session, len(commands))
         cancelling = asyncio.create_task(self.cancel(taken.op_id)) if taken.cancel else None
         try:
-            async for item in session.run(taken.op_id, commands):
-                if isinstance(item, OutputChunk):
-                    await publisher.add(item)
-                else:
-                    await self._ended(taken, item, await publisher.rest())
+            async with aclosing(session.run(taken.op_id, commands)) as items:
+                async for item in items:
+                    if isinstance(item, OutputChunk):
+                        await publisher.add(item)
+                    else:
+                        await self._ended(taken, item, await publisher.rest())
         finally:
             del self._running[taken.op_id]
             if cancelling is not None:
@@ -143,9 +145,7 @@ class Executor:
         await self._done(taken, answer.document, body=answer.body)
 
     async def _done(self, taken: Taken, result: Mapping[str, Any], *, body: bytes = b"", chunks: list[OutputChunk] | None = None) -> None:
-        if not await self._journal.finish(
-            self._wid, taken.op_id, taken.epoch, state="done", result=result, body=body, chunks=chunks or ()
-        ):
+        if not await self._journal.finish(self._wid, taken.op_id, taken.epoch, state="done", result=result, body=body, chunks=chunks or ()):
             raise FencedError
 
     async def _fail(self, taken: Taken, error: ExecutorError) -> None:
@@ -162,4 +162,3 @@ class Executor:
                 await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))
             except BackendError as error:
                 log.warning("lost sandbox %s could not be removed now, the reaper will: %s", taken.sandbox_id, error)
-

@@ -106,7 +106,7 @@ class WorkerRuntime:
         if not isinstance(outcome, Taken):
             return outcome.reason
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # always within a task: Portal.call made it
+        assert task is not None  # always within a task: Portal.call made it
         self._active.add(task)
         try:
             await self._executor.execute(outcome)

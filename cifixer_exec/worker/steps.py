@@ -42,7 +42,7 @@ def select_queues(worker: Any, names: list[str]) -> None:
     worker.app.amqp.queues.select([*names, *direct])
 
 
-class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class RuntimeStep(bootsteps.StartStopStep):
     """Takes the lease before anything is consumed and drains after the consumer has stopped: Celery stops in reverse order."""
 
     requires = ("celery.worker.components:Pool",)
@@ -59,7 +59,7 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         _runtime.start()
         log.info("worker %s holds its lease", parent.hostname)
 
-    def stop(self, parent: Any) -> None:
+    def stop(self, _parent: Any) -> None:
         if _runtime is not None and not self._stopped:
             self._stopped = True
             _runtime.stop()
@@ -68,7 +68,7 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.stop(parent)
 
 
-class PatientConsumer(Consumer):  # type: ignore[misc]
+class PatientConsumer(Consumer):
     """Reconnects within a second of Redis coming back; Celery's own back-off grows to 30 s and cannot be set."""
 
     def ensure_connected(self, conn: Any) -> Any:

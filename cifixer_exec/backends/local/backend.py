@@ -23,7 +23,7 @@ import subprocess
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +141,14 @@ class LocalBackend(Backend):
 
         return dial
 
+    def environment(self, handle: SandboxHandle, spec: SandboxSpec) -> Mapping[str, str]:
+        directory = self._directory(handle.sandbox_id)
+        if self._unsafe:
+            return isolation.base_environment((), home=str(directory / "workspace"))
+        # Who attaches without the registry has no spec, so the directory tells what is shown in there.
+        shown = (_read_json(directory / "spec.json") or {}).get("readonly_paths", spec.readonly_paths)
+        return isolation.base_environment(tuple(shown))
+
     def destroy(self, handle: SandboxHandle) -> None:
         directory = self._directory(handle.sandbox_id)
         groups = self._existing_groups(handle.sandbox_id)
@@ -195,7 +203,8 @@ class LocalBackend(Backend):
         directory.mkdir(parents=True, mode=0o700)
         self._root.chmod(0o711 if os.geteuid() == 0 else 0o700)
         now = self._clock()
-        _write_json(directory / "spec.json", {"created_at_s": now, "expires_at_s": now + spec.lifetime_s, "labels": dict(spec.labels)})
+        known = {"labels": dict(spec.labels), "readonly_paths": list(spec.readonly_paths)}
+        _write_json(directory / "spec.json", {"created_at_s": now, "expires_at_s": now + spec.lifetime_s, **known})
         (directory / "etc").mkdir()
         for name, content in isolation.ETC_FILES.items():
             (directory / "etc" / name).write_text(content)
@@ -209,17 +218,21 @@ class LocalBackend(Backend):
             identity = isolation.Identity(host_uid=None)
             workspace = str(directory / "workspace")
             program = isolation.serve_arguments(
-                spec, runner=str(self._runner), workspace=workspace, spool=str(directory / "spool"), roots=(workspace, "/tmp")  # noqa: S108
+                spec,
+                runner=str(self._runner),
+                workspace=workspace,
+                spool=str(directory / "spool"),
+                roots=(workspace, "/tmp"),  # noqa: S108
             )
             environment = isolation.base_environment((), home=workspace)
         else:
-            assert self._bwrap is not None  # noqa: S101  # probe and wiring refuse to come here without it
+            assert self._bwrap is not None  # probe and wiring refuse to come here without it
             memory = self._groups.group("memory", spec.sandbox_id) if self._groups else None
             program = isolation.bwrap_arguments(self._bwrap, self._runner, directory, spec, identity, memory)
             environment = {}
         launch = [str(self._runner), *isolation.launch_arguments(directory, identity, groups), "--", *program]
         with open(directory / "launch.json", "wb") as out:
-            done = subprocess.run(  # noqa: S603
+            done = subprocess.run(
                 launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, env=environment, timeout=START_TIMEOUT_S, check=False
             )
         if done.returncode != 0:
@@ -310,5 +323,3 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-

@@ -54,7 +54,11 @@ _SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt")
 
 #: Synthetic files: the sandbox's user is the only one besides root and nobody.
 ETC_FILES = {
-    "passwd": f"root:x:0:0:root:/root:/bin/sh\nsandbox:x:{SANDBOX_ID}:{SANDBOX_ID}:sandbox:{HOME}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "passwd": (
+        "root:x:0:0:root:/root:/bin/sh\n"
+        f"sandbox:x:{SANDBOX_ID}:{SANDBOX_ID}:sandbox:{HOME}:/bin/sh\n"
+        "nobody:x:65534:65534:nobody:/:/bin/false\n"
+    ),
     "group": f"root:x:0:\nsandbox:x:{SANDBOX_ID}:\nnogroup:x:65534:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
 }
@@ -108,7 +112,9 @@ def serve_arguments(spec: SandboxSpec, *, runner: str, workspace: str, spool: st
     ]
 
 
-def bwrap_arguments(bwrap: Path, runner: Path, directory: Path, spec: SandboxSpec, identity: Identity, memory_group: Path | None) -> list[str]:
+def bwrap_arguments(
+    bwrap: Path, runner: Path, directory: Path, spec: SandboxSpec, identity: Identity, memory_group: Path | None
+) -> list[str]:
     """The whole command line of the sandbox, runner included."""
     disk_bytes = spec.disk_bytes or DEFAULT_DISK_BYTES
     arguments = [str(bwrap), *_namespaces(spec, identity)]

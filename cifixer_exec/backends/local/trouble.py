@@ -28,7 +28,8 @@ def remedy(said: str) -> str:
             return f"namespaces are switched off by {path}={forbidding}: run '{command}' as root"
     return (
         "this machine does not let this process make namespaces; in a container allow it "
-        "(docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined --cap-add SYS_ADMIN), or run the worker on the host. "
+        "(docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined --cap-add SYS_ADMIN), "
+        "or run the worker on the host. "
         "--unsafe-no-isolation runs commands WITHOUT a sandbox"
     )
 
