@@ -312,7 +312,11 @@ class AsyncSandboxEnvironment:
         await self._port.extend(lifetime_s)
 
     async def __aenter__(self) -> Self:
-        await self.init()
+        try:
+            await self.init()
+        except BaseException:
+            await self._port.close()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

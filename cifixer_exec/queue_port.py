@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import ExecutorError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.errors import ExecutorError, QueueUnavailableError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import Command, Ended, ExecRecord, OutputChunk, SandboxSpec, Status
 from cifixer_exec.operations import commands_payload, new_op_id
 from cifixer_exec.queues import pool_queue
@@ -41,9 +43,19 @@ class QueuePort:
             raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} was attached to, so it cannot be initialised again")
         created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
         # The op id follows from the sandbox id, so that a repeated create is the same op.
-        await self._ask(
-            NewOp(op_id=f"create-{self._sandbox_id}", sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s)
-        )
+        op_id = f"create-{self._sandbox_id}"
+        op = NewOp(op_id=op_id, sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s)
+        try:
+            await self._ask(op)
+        except (asyncio.CancelledError, QueueUnavailableError):
+            await asyncio.shield(self._abandon(op_id))
+            raise
+
+    async def _abandon(self, op_id: str) -> None:
+        """The caller gave up waiting: what may still be made has no user, so it is to go at once, not at the end of its lifetime."""
+        with suppress(ExecutorError):
+            if await self._journal.cancel(op_id) != "cancelled":
+                await self._journal.submit(self._op("destroy", {}))
 
     async def destroy(self) -> None:
         await self._ask(self._op("destroy", {}))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.errors import BackendError
+from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import SandboxRecord
 
@@ -52,7 +53,7 @@ class Reaper:
         found = await asyncio.to_thread(self._backend.list_owned)
         records = {r.sandbox_id: r for r in await self._journal.sandboxes()}
         doomed = [o for o in found if self._is_doomed(o, records.get(o.handle.sandbox_id))][: self._limit]
-        dead = await self._dead(records, {o.handle.sandbox_id for o in found})
+        dead = await self._dead(records)
         if dry_run:
             return Reaped(destroyed=_ids(doomed), closed=tuple(sorted(dead)), dry_run=True)
         destroyed, failed = await self._destroy(doomed, records)
@@ -73,7 +74,7 @@ class Reaper:
         for owned in doomed:
             sandbox_id = owned.handle.sandbox_id
             cause = "its lifetime ended" if sandbox_id in records else "it is unknown to the registry"
-            if sandbox_id not in records and await self._journal.sandbox(sandbox_id) is not None and await self._is_open(sandbox_id):
+            if sandbox_id not in records and await self._is_open(sandbox_id):
                 continue
             try:
                 await asyncio.to_thread(self._backend.destroy, owned.handle)
@@ -91,16 +92,12 @@ class Reaper:
         record = await self._journal.sandbox(sandbox_id)
         return record is not None and record.state not in ("closed", "lost")
 
-    async def _dead(self, records: dict[str, SandboxRecord], listed: set[str]) -> dict[str, str]:
-        """Ready entries of this placement whose sandbox the platform does not list, or lists as dead."""
+    async def _dead(self, records: dict[str, SandboxRecord]) -> dict[str, str]:
+        """Ready entries of this placement whose sandbox is gone, with the cause of its death."""
         dead: dict[str, str] = {}
         for record in records.values():
             if record.backend != self._backend.name or record.placement != self._backend.placement or record.handle is None:
                 continue
-            if record.sandbox_id in listed and len(dead) + len(listed) > 1000:
-                continue  # a dead one that is still listed goes when it expires; asking for thousands would take too long
-            from cifixer_exec.model import SandboxHandle
-
             inspection = await asyncio.to_thread(self._backend.inspect, SandboxHandle.from_json(record.handle))
             if not inspection.alive:
                 dead[record.sandbox_id] = inspection.cause

@@ -42,6 +42,7 @@ class Executor:
         self._ownership = ownership
         self._wid = wid
         self._running: dict[str, _Running] = {}
+        self._closing: set[str] = set()
         self._kinds: dict[str, Callable[[Taken], Awaitable[None]]] = {
             "create": self._create,
             "destroy": self._destroy,
@@ -97,6 +98,13 @@ class Executor:
         await asyncio.to_thread(self._backend.destroy, handle)
 
     async def _destroy(self, taken: Taken) -> None:
+        self._closing.add(taken.sandbox_id)  # commands that die of it must not report a lost sandbox
+        try:
+            await self._tear_down(taken)
+        finally:
+            self._closing.discard(taken.sandbox_id)
+
+    async def _tear_down(self, taken: Taken) -> None:
         self._ownership.drop(taken.sandbox_id)
         if taken.handle is not None:
             handle = SandboxHandle.from_json(taken.handle)
@@ -155,6 +163,8 @@ class Executor:
 
     async def _lost(self, taken: Taken, cause: str) -> None:
         """Close the registry entry; what is left on the platform goes too, so that a lost sandbox leaves nothing behind."""
+        if taken.sandbox_id in self._closing:
+            return
         self._ownership.drop(taken.sandbox_id)
         await self._journal.close(taken.sandbox_id, state="lost", cause=cause, wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id)
         if taken.handle is not None:
