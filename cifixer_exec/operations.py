@@ -20,6 +20,11 @@ def commands_payload(commands: Sequence[Command]) -> tuple[dict[str, Any], bytes
     return {"commands": [c.to_json() for c in commands]}, b"".join(c.stdin for c in commands)
 
 
+def run_time_s(commands: Sequence[Command]) -> float:
+    """How long the commands may take together at the most; a year for one without a limit."""
+    return min(366 * 86_400.0, sum((366 * 86_400.0 if c.timeout_s is None else c.timeout_s) + c.grace_s for c in commands))
+
+
 def commands_from(payload: Mapping[str, Any], body: bytes) -> list[Command]:
     """The inverse of :func:`commands_payload`.
 

@@ -10,7 +10,7 @@ from typing import Any
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import ExecutorError, QueueUnavailableError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import Command, Ended, ExecRecord, OutputChunk, SandboxSpec, Status
-from cifixer_exec.operations import commands_payload, new_op_id
+from cifixer_exec.operations import commands_payload, new_op_id, run_time_s
 from cifixer_exec.queues import pool_queue
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
@@ -97,7 +97,15 @@ class QueuePort:
 
     def _command_op(self, op_id: str, commands: Sequence[Command]) -> NewOp:
         payload, body = commands_payload(commands)
-        return NewOp(op_id=op_id, sandbox_id=self._sandbox_id, kind="start", payload=payload, body=body, timeout_s=self._wait_s)
+        return NewOp(
+            op_id=op_id,
+            sandbox_id=self._sandbox_id,
+            kind="start",
+            payload=payload,
+            body=body,
+            timeout_s=self._wait_s,
+            run_s=run_time_s(commands),
+        )
 
     async def _ask(self, op: NewOp) -> End:
         async for item in self._journal.submit_and_follow(op, patience_s=self._config.redis_patience_s):

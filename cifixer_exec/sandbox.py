@@ -57,7 +57,7 @@ class SandboxSession:
     ) -> None:
         self.backend = backend
         self.handle = handle
-        self._env = {**backend.environment(handle, spec), **spec.env}
+        self._env = spec.env
         self._clock = clock
         self.channel = Channel(dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle))
 

@@ -19,7 +19,7 @@ from celery.exceptions import Ignore
 from cifixer_exec.channel.portal import process_portal
 from cifixer_exec.errors import ExecutorError, InvalidRequestError
 from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
-from cifixer_exec.operations import commands_payload, new_op_id
+from cifixer_exec.operations import commands_payload, new_op_id, run_time_s
 from cifixer_exec.output import OutputCollector
 from cifixer_exec.queues import placement_queue, pool_queue
 from cifixer_exec.settings import AppConfig
@@ -183,7 +183,15 @@ def _command_op(op_id: str, sandbox_id: str, command: Any, **options: Any) -> Ne
     defaults = {"timeout_s": config.command_timeout_s, "output_limit_bytes": config.output_limit_bytes}
     parsed = Command.parse(command, stdin=stdin.encode() if isinstance(stdin, str) else stdin, **{**defaults, **given})
     payload, body = commands_payload([parsed])
-    return NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="start", payload=payload, body=body, timeout_s=config.start_timeout_s)
+    return NewOp(
+        op_id=op_id,
+        sandbox_id=sandbox_id,
+        kind="start",
+        payload=payload,
+        body=body,
+        timeout_s=config.start_timeout_s,
+        run_s=run_time_s([parsed]),
+    )
 
 
 def _create_op(op_id: str, sandbox_id: str | None = None, **overrides: Any) -> NewOp:

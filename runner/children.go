@@ -69,7 +69,9 @@ func (c *children) reap() {
 		switch {
 		case known == nil:
 		case status.Stopped():
-			_ = syscall.Kill(pid, syscall.SIGCONT)
+			if !c.closed { // else we did it
+				_ = syscall.Kill(pid, syscall.SIGCONT)
+			}
 		default:
 			c.bury(known)
 		}

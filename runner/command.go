@@ -13,6 +13,7 @@ const (
 	latestAfterEnd = 2 * time.Second        // also with a background child that writes on and on
 	killPatience   = destroyLimit + 2*time.Second
 	signalPatience = 5 * time.Second
+	countPatience  = 2 * time.Second
 )
 
 // command is one started command, from start to forget.
@@ -267,7 +268,7 @@ func (c *command) advance() {
 	c.mu.Unlock()
 	background := 0
 	if ask {
-		background = int(c.ask(message{kind: messageCount}, time.Second))
+		background = int(c.ask(message{kind: messageCount}, countPatience, 1)) // at least one lived just now
 	}
 	c.finish(background)
 }

@@ -46,12 +46,15 @@ type frameHead struct {
 
 func readFrameHead(r io.Reader) (frameHead, error) {
 	var raw [9]byte
-	if _, err := io.ReadFull(r, raw[:]); err != nil {
+	if _, err := io.ReadFull(r, raw[:4]); err != nil {
 		return frameHead{}, err
 	}
 	length := binary.BigEndian.Uint32(raw[:4])
 	if length < minFrameLength || length > maxFrameLength {
 		return frameHead{}, faultf(codeProtocol, "a frame of %d bytes: a length is between %d and %d", length, minFrameLength, maxFrameLength)
+	}
+	if _, err := io.ReadFull(r, raw[4:]); err != nil {
+		return frameHead{}, err
 	}
 	head := frameHead{kind: raw[4], call: binary.BigEndian.Uint32(raw[5:]), size: int(length) - minFrameLength}
 	return head, head.check()

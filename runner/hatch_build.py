@@ -1,4 +1,4 @@
-"""Build hook: compiles the runner for every architecture that sandboxes may have, into the package (the wheel stays pure Python otherwise)."""
+"""Build hook: compiles the runner, for every architecture that sandboxes may have, into the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunnerHook(BuildHookInterface):  # type: ignore[misc]
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, _version: str, _build_data: dict[str, Any]) -> None:
         if self.target_name == "sdist":
             return
         build(Path(self.root))
@@ -33,10 +33,10 @@ def build(root: Path) -> None:
     for architecture in ARCHITECTURES:
         target = out / f"runner-linux-{architecture}"
         new = target.with_suffix(f".{os.getpid()}")
-        environment = {**os.environ, "CGO_ENABLED": "0", "GOOS": "linux", "GOARCH": architecture, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
+        settings = {"CGO_ENABLED": "0", "GOOS": "linux", "GOARCH": architecture, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
         command = [*go(), "build", "-trimpath", "-ldflags", "-s -w", "-o", str(new), "."]
         try:
-            subprocess.run(command, cwd=root / "runner", env=environment, check=True)
+            subprocess.run(command, cwd=root / "runner", env={**os.environ, **settings}, check=True)
             new.rename(target)
         finally:
             new.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ func joinCgroup(dir string) error {
 	return err
 }
 
-// closeOnExec keeps whatever the worker had open out of the sandbox.
+// closeOnExec keeps whatever this process was started with from those it starts.
 func closeOnExec() {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"syscall"
 )
 
 const (
@@ -102,7 +103,7 @@ func (l *listing) add(name, path string) {
 // steps reads a directory in pieces and keeps only what can still be listed, so that a
 // directory with millions of names does not fill the memory.
 func (l *listing) steps(name string) ([]step, error) {
-	dir, err := l.root.Open(name)
+	dir, err := openDirectory(l.root, name)
 	if err != nil {
 		return nil, err
 	}
@@ -127,6 +128,11 @@ func (l *listing) steps(name string) ([]step, error) {
 			return nil, err
 		}
 	}
+}
+
+// openDirectory does not block on a FIFO that took the directory's place.
+func openDirectory(root *os.Root, name string) (*os.File, error) {
+	return root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NONBLOCK, 0)
 }
 
 func smallest(steps []step, most int) []step {

@@ -127,6 +127,7 @@ func (o *outbox) run(conn net.Conn) {
 		}
 		<-o.wake
 	}
+	w.written()
 	o.drop()
 }
 
@@ -148,9 +149,10 @@ const batchSize = maxOutputBytes + 4096
 
 // batch collects small frames into one write.
 type batch struct {
-	conn   net.Conn
-	buffer []byte
-	err    error
+	conn     net.Conn
+	buffer   []byte
+	releases []func() // of frames in the buffer, for when they are out
+	err      error
 }
 
 func (w *batch) room(n int) {
@@ -167,10 +169,12 @@ func (w *batch) frame(f outFrame) {
 		if w.err == nil {
 			_, w.err = buffers.WriteTo(w.conn)
 		}
-		w.buffer = w.buffer[:0]
 	}
 	if f.release != nil {
-		f.release()
+		w.releases = append(w.releases, f.release)
+	}
+	if len(f.body) > 0 {
+		w.written()
 	}
 }
 
@@ -178,7 +182,15 @@ func (w *batch) flush() {
 	if len(w.buffer) > 0 && w.err == nil {
 		_, w.err = w.conn.Write(w.buffer)
 	}
+	w.written()
+}
+
+func (w *batch) written() {
 	w.buffer = w.buffer[:0]
+	for _, release := range w.releases {
+		release()
+	}
+	w.releases = w.releases[:0]
 }
 
 // shut gives a peer that does not read a moment to take the last frame.

@@ -86,7 +86,7 @@ type packer struct {
 
 // walk goes through a directory by hand: io/fs refuses names that are not UTF-8.
 func (k *packer) walk(directory string) error {
-	dir, err := k.base.Open(directory)
+	dir, err := openDirectory(k.base, directory)
 	if err != nil {
 		return err
 	}

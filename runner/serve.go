@@ -45,6 +45,7 @@ func serveMain(args []string) int {
 	if err != nil {
 		return complain("serve: %s", err)
 	}
+	closeOnExec() // whatever the container engine left open is not the commands'
 	runtime.GOMAXPROCS(2)
 	debug.SetGCPercent(50)
 	listener, err := options.listen()
@@ -63,7 +64,9 @@ func serveMain(args []string) int {
 	go s.awaitSignal()
 	code := <-s.exit
 	listener.Close()
-	s.children.killEverything()
+	if os.Getpid() != 1 { // when PID 1 ends the kernel kills its whole namespace; pid_namespaces(7)
+		s.children.killEverything()
+	}
 	return code
 }
 

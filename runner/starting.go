@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -149,10 +150,23 @@ func startMessage(r *startRequest, workspace string, withStdin bool) message {
 	m.strings = make([]string, 0, 2+len(r.Argv)+len(r.Env))
 	m.strings = append(m.strings, underWorkspace(workspace, string(r.Cwd)), strconv.Itoa(len(r.Argv)))
 	m.strings = append(m.strings, plainStrings(r.Argv)...)
+	m.strings = append(m.strings, inherited(r.Env)...)
 	for name, value := range r.Env {
 		m.strings = append(m.strings, string(name)+"="+string(value))
 	}
 	return m
+}
+
+// inherited is the runner's own environment without what the command sets itself: the ENV of an image counts, as for a plain exec.
+func inherited(own map[text]text) []string {
+	var kept []string
+	for _, pair := range os.Environ() {
+		name, _, _ := strings.Cut(pair, "=")
+		if _, set := own[text(name)]; !set {
+			kept = append(kept, pair)
+		}
+	}
+	return kept
 }
 
 // hand gives the command to a supervisor. One that was killed while it waited is replaced.

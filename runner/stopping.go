@@ -72,8 +72,8 @@ func (c *command) enforce(s *supervisor, run *killRun, grace time.Duration) {
 	}
 }
 
-// ask sends a request that is answered by one number.
-func (c *command) ask(m message, patience time.Duration) int64 {
+// ask sends a request that is answered by one number; otherwise is for no answer in time.
+func (c *command) ask(m message, patience time.Duration, otherwise int64) int64 {
 	c.asking.Lock()
 	defer c.asking.Unlock()
 	c.mu.Lock()
@@ -94,7 +94,7 @@ func (c *command) ask(m message, patience time.Duration) int64 {
 	case count := <-c.counts:
 		return count
 	case <-time.After(patience):
-		return 0
+		return otherwise
 	}
 }
 

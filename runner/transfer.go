@@ -117,7 +117,7 @@ func (w *writeRequest) committedBefore(p *place, temporary string) bool {
 	if err != nil || !info.Mode().IsRegular() || info.Size() != w.Commit.Size {
 		return false
 	}
-	file, err := p.root.Open(p.name)
+	file, err := p.root.OpenFile(p.name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return false
 	}

@@ -200,7 +200,7 @@ func (s *server) signal(r *request) (any, error) {
 	}
 	return struct {
 		Signalled int64 `json:"signalled"`
-	}{c.ask(message{kind: messageSignal, numbers: []int64{int64(number)}}, signalPatience)}, nil
+	}{c.ask(message{kind: messageSignal, numbers: []int64{int64(number)}}, signalPatience, 0)}, nil
 }
 
 func (s *server) kill(r *request) (any, error) {

@@ -7,7 +7,7 @@ same placement can go on with it. Commands and files are none of its business: t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifixer_exec.channel.transport import Dial
@@ -86,10 +86,6 @@ class Backend(ABC):
         Raises:
             BackendUnavailableError: the platform does not answer (never an empty list instead).
         """
-
-    def environment(self, handle: SandboxHandle, spec: SandboxSpec) -> Mapping[str, str]:  # noqa: ARG002
-        """What every command finds in its environment before ``spec.env`` and its own are added (the runner adds nothing)."""
-        return {}
 
     def token(self, handle: SandboxHandle) -> str:  # noqa: ARG002  # for backends to override
         """The secret the runner wants in HELLO; empty where nothing inside can reach its socket."""

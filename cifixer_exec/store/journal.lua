@@ -12,7 +12,7 @@
 --                          created_ms expires_ms cause                         - ; retention once closed or lost
 --   sandboxes      zset    sid -> expires_ms, of all that are neither closed nor lost          -
 --   owned:<wid>    set     sids pinned to the worker                                           -
---   op:<oid>       hash    sid kind digest payload body state epoch attempt nonce deadline_ms created_ms
+--   op:<oid>       hash    sid kind digest payload body state epoch attempt nonce deadline_ms run_ms created_ms
 --                          started_ms finished_ms rung_ms rings bell cancel result error ended_by
 --                                                                               - ; retention once final
 --   open:<sid>     set     ops that are queued or running                                      -
@@ -223,7 +223,7 @@ end
 
 local verbs = {}
 
-function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, bell, backend, queue, spec, lifetime_ms)
+function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms, bell, backend, queue, spec, lifetime_ms)
   local hash = key('op', oid)
   local known = call('HMGET', hash, 'state', 'digest')
   if known[1] then
@@ -250,7 +250,7 @@ function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, bell, b
     end
   end
   call('HSET', hash, 'sid', sid, 'kind', kind, 'digest', digest, 'payload', payload, 'body', body, 'state', 'queued', 'epoch', 0,
-       'created_ms', now, 'deadline_ms', timeout_ms ~= '' and now + timeout_ms or '', 'bell', bell)
+       'created_ms', now, 'deadline_ms', timeout_ms ~= '' and now + timeout_ms or '', 'run_ms', run_ms, 'bell', bell)
   if ended then
     settle(oid, load_op(oid), 'done', '{}')
     return {'created', 'done'}
@@ -324,6 +324,10 @@ local function begin(oid, op, sandbox, nonce)
   call('HSET', hash, 'state', 'running', 'epoch', sandbox.epoch, 'nonce', nonce)
   if attempt == 1 then
     call('HSET', hash, 'started_ms', now)
+    local run_ms = call('HGET', hash, 'run_ms')
+    if run_ms and run_ms ~= '' then -- it is not waiting any more: from here on it has its own time
+      call('HSET', hash, 'deadline_ms', now + run_ms)
+    end
   end
   if op.kind == 'destroy' then
     call('HSET', key('sandbox', sandbox.sid), 'state', 'closing')

@@ -36,7 +36,9 @@ class NewSandbox:
 
 @dataclass(frozen=True, kw_only=True)
 class NewOp:
-    """One op to submit. ``timeout_s`` bounds how long it may wait for a worker; ``create`` belongs to kind ``create`` alone."""
+    """One op to submit. ``timeout_s`` bounds how long it may wait for a worker, ``run_s`` how long it may take from then on
+    (None: until the same deadline). ``create`` belongs to kind ``create`` alone.
+    """
 
     op_id: str
     sandbox_id: str
@@ -44,6 +46,7 @@ class NewOp:
     payload: Mapping[str, Any] = field(default_factory=dict)
     body: bytes = b""
     timeout_s: float | None = None
+    run_s: float | None = None
     create: NewSandbox | None = None
 
 
@@ -200,6 +203,10 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+def _optional_ms(seconds: float | None) -> str | int:
+    return "" if seconds is None else milliseconds(seconds)
+
+
 def digest_of(op: NewOp) -> str:
     """What must be equal for a submit to be a repetition: everything but the time-out and the queue."""
     created = {"backend": op.create.backend, "spec": op.create.spec} if op.create else None
@@ -220,9 +227,9 @@ def submit_arguments(op: NewOp) -> list[bytes | str | int]:
         raise InvalidRequestError(
             f"the body of op {op.op_id} is {len(op.body)} bytes; at most {BODY_LIMIT_BYTES} may go through Redis: send chunks"
         )
-    timeout_s = check_timeout_s(op.timeout_s)
+    timeout_s, run_s = check_timeout_s(op.timeout_s), check_timeout_s(op.run_s, "run_s")
     payload = dumps(op.payload, f"the payload of op {op.op_id}")
-    return [op.op_id, op.sandbox_id, op.kind, digest_of(op), payload, op.body, "" if timeout_s is None else milliseconds(timeout_s)]
+    return [op.op_id, op.sandbox_id, op.kind, digest_of(op), payload, op.body, *(_optional_ms(t) for t in (timeout_s, run_s))]
 
 
 def sandbox_arguments(create: NewSandbox | None) -> list[bytes | str | int]:

@@ -15,6 +15,7 @@ from cifixer_exec.errors import QueueUnavailableError
 _BY_TEXT: tuple[tuple[str, str, str], ...] = (
     ("OOM", "has no memory left", "raise its maxmemory (with maxmemory-policy noeviction), or purge old ops"),
     ("NOAUTH", "asks for a password", "put it into the URL: redis://:password@host"),
+    ("Authentication required", "asks for a password", "put it into the URL: redis://:password@host"),
     ("WRONGPASS", "refuses the password", "correct user and password in the URL"),
     (
         "NOPERM",
@@ -33,10 +34,14 @@ _BY_TEXT: tuple[tuple[str, str, str], ...] = (
     ("unknown command", "does not know a command", "use Redis >= 6.2 or Valkey"),
 )
 
+#: For what is not known by its words: redis-py takes off the code of the errors that it knows (before 8.0 without leaving it anywhere).
 _BY_CLASS: tuple[tuple[type[Exception], str, str], ...] = (
     (exceptions.AuthenticationError, "refuses the login", "correct user and password in the URL"),
     (exceptions.AuthorizationError, "refuses the login", "correct user and password in the URL"),
     (exceptions.BusyLoadingError, "is still loading its data", "wait a little and submit again"),
+    (exceptions.OutOfMemoryError, "has no memory left", "raise its maxmemory (with maxmemory-policy noeviction), or purge old ops"),
+    (exceptions.ReadOnlyError, "is a replica and cannot be written", "name the primary in the URL"),
+    (exceptions.NoPermissionError, "forbids a command to this user", "allow EVALSHA, EVAL and XREAD on the namespace's keys"),
     (exceptions.MaxConnectionsError, "is not reached: this process has no free connection", "raise max_connections"),
     (exceptions.TimeoutError, "does not answer in time", "check that it runs and is reachable, then submit again with the same op id"),
     (

@@ -18,7 +18,7 @@ from cifixer_exec.model import OutputChunk, Stream
 from cifixer_exec.store import records
 from cifixer_exec.store.keys import Keys
 from cifixer_exec.store.records import End, Entry, OpRecord
-from cifixer_exec.store.redis_errors import server_name, translate, translated
+from cifixer_exec.store.redis_errors import server_name, translate
 
 #: Entries per read: with chunks of up to 64 KiB this bounds what one reply takes in memory.
 _COUNT = 128
@@ -98,6 +98,8 @@ async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequen
         except (RedisConnectionError, RedisTimeoutError) as error:
             entries = []
             await patience.wait(error)
+        except RedisError as error:
+            raise translate(error, server_name(reader.redis)) from error
 
 
 async def _next_entries(reader: Reader, after: str) -> list[Entry]:
@@ -151,9 +153,8 @@ async def submit_and_follow(
     except RedisError:
         first = []
         await submit()
-    with translated(reader.redis):
-        async for item in follow(reader, after="0", patience_s=patience_s, first=first):
-            yield item
+    async for item in follow(reader, after="0", patience_s=patience_s, first=first):
+        yield item
 
 
 async def _write_both(reader: Reader, command: Sequence[bytes | str | int], check: Callable[[list[Any]], object]) -> list[Entry]:

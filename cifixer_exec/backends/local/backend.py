@@ -3,7 +3,8 @@
 Its whole state is one directory per sandbox::
 
     <root>/sandboxes/<sandbox id>/spec.json     intent, written before anything starts
-                                  launch.json   pid and start time of the sandbox, written by `runner launch` itself
+                                  launch.json   pid and start time of bubblewrap, written by `runner launch` itself
+                                  init.json     the same of the sandbox's PID 1, which can outlive bubblewrap
                                   runner.sock   the channel; the listening socket is handed to the runner, so nothing
                                                 inside the sandbox can see, replace or redirect this path
                                   log           what bubblewrap and the runner said
@@ -23,7 +24,7 @@ import subprocess
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.backends.local import cgroups, isolation, trouble
-from cifixer_exec.backends.local.processes import is_alive, kill_tree
+from cifixer_exec.backends.local.processes import descendants, is_alive, kill_and_wait, kill_tree, start_time_of
 from cifixer_exec.channel.frames import FrameParser, FrameType, encode_document, encode_frame
 from cifixer_exec.channel.transport import Dial, Transport, dial_unix
 from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxLostError, SandboxStartError
@@ -119,6 +120,8 @@ class LocalBackend(Backend):
             self._prepare(directory, spec)
             self._launch(directory, spec)
             _greet(directory, START_TIMEOUT_S)
+            if not self._unsafe:
+                _remember_init(directory)
         except (OSError, subprocess.SubprocessError) as error:
             said = _tail(directory / "log") or str(error)
             self.destroy(handle)
@@ -141,19 +144,12 @@ class LocalBackend(Backend):
 
         return dial
 
-    def environment(self, handle: SandboxHandle, spec: SandboxSpec) -> Mapping[str, str]:
-        directory = self._directory(handle.sandbox_id)
-        if self._unsafe:
-            return isolation.base_environment((), home=str(directory / "workspace"))
-        # Who attaches without the registry has no spec, so the directory tells what is shown in there.
-        shown = (_read_json(directory / "spec.json") or {}).get("readonly_paths", spec.readonly_paths)
-        return isolation.base_environment(tuple(shown))
-
     def destroy(self, handle: SandboxHandle) -> None:
         directory = self._directory(handle.sandbox_id)
         groups = self._existing_groups(handle.sandbox_id)
-        launched = _read_json(directory / "launch.json")
-        dead = launched is None or kill_tree(int(launched["pid"]), int(launched["start_time"]))
+        init, launched = _read_json(directory / "init.json"), _read_json(directory / "launch.json")
+        dead = init is None or kill_and_wait(int(init["pid"]), int(init["start_time"]))
+        dead = (launched is None or kill_tree(int(launched["pid"]), int(launched["start_time"]))) and dead
         if not (cgroups.kill_all(groups) and dead):
             raise BackendError(f"processes of the local sandbox {handle.sandbox_id!r} survived SIGKILL: destroy it again")
         if not cgroups.remove(groups):
@@ -162,7 +158,7 @@ class LocalBackend(Backend):
 
     def inspect(self, handle: SandboxHandle) -> Inspection:
         directory = self._directory(handle.sandbox_id)
-        launched = _read_json(directory / "launch.json")
+        launched = _read_json(directory / "init.json") or _read_json(directory / "launch.json")
         if launched is None:
             cause = "it was torn down" if not directory.exists() else "it was never started"
             return Inspection(alive=False, cause=cause)
@@ -203,8 +199,8 @@ class LocalBackend(Backend):
         directory.mkdir(parents=True, mode=0o700)
         self._root.chmod(0o711 if os.geteuid() == 0 else 0o700)
         now = self._clock()
-        known = {"labels": dict(spec.labels), "readonly_paths": list(spec.readonly_paths)}
-        _write_json(directory / "spec.json", {"created_at_s": now, "expires_at_s": now + spec.lifetime_s, **known})
+        record = {"created_at_s": now, "expires_at_s": now + spec.lifetime_s, "labels": dict(spec.labels)}
+        _write_json(directory / "spec.json", record)
         (directory / "etc").mkdir()
         for name, content in isolation.ETC_FILES.items():
             (directory / "etc" / name).write_text(content)
@@ -288,6 +284,20 @@ def _greet(directory: Path, timeout_s: float) -> None:
             raise OSError("the sandbox ended before its runner answered")
     finally:
         os.close(descriptor)
+
+
+def _remember_init(directory: Path) -> None:
+    """Bubblewrap's only child is the sandbox's PID 1: the sandbox lives as long as that does, with or without bubblewrap.
+
+    Raises:
+        OSError: it has ended already.
+    """
+    launched = _read_json(directory / "launch.json") or {}
+    children = descendants(int(launched["pid"])) if launched else []
+    started = start_time_of(children[0]) if children else None
+    if started is None:
+        raise OSError("the sandbox ended right after its runner answered")
+    _write_json(directory / "init.json", {"pid": children[0], "start_time": started})
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -25,6 +25,12 @@ def is_alive(pid: int, start_time: int) -> bool:
     return stat is not None and stat[_STATE] not in "ZX" and int(stat[_START_TIME]) == start_time
 
 
+def start_time_of(pid: int) -> int | None:
+    """When ``pid`` was started, in ticks since boot; None when it is gone."""
+    stat = _stat(pid)
+    return None if stat is None else int(stat[_START_TIME])
+
+
 def descendants(pid: int) -> list[int]:
     """All living descendants of ``pid``, children before grandchildren."""
     children: dict[int, list[int]] = {}
@@ -41,6 +47,17 @@ def kill(pid: int) -> None:
     """SIGKILL; a process that is gone is fine."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def kill_and_wait(pid: int, start_time: int, *, timeout_s: float = 5.0) -> bool:
+    """Kill one process, for a namespace's init: the kernel ends the whole namespace with it, fork bombs too. False when it is left."""
+    deadline = time.monotonic() + timeout_s
+    while is_alive(pid, start_time):
+        kill(pid)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def kill_tree(pid: int, start_time: int, *, timeout_s: float = 5.0) -> bool:
