@@ -25,7 +25,9 @@ def docker_exec() -> Iterator[Callable[[], None] | str]:
         yield f"no Docker daemon: {type(error).__name__}"
         return
     image = _image(client)
-    container = client.containers.run(image, ["/runner", "serve", "--socket", "/s", "--spool", "/spool"], detach=True, network_mode="none")
+    container = client.containers.run(
+        image, ["/runner", "serve", "--socket", "/s", "--spool", "/spool", "--workspace", "/tmp"], detach=True, network_mode="none"
+    )
 
     def run() -> None:
         code, _ = container.exec_run(["/runner", "version"])
