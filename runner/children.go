@@ -36,11 +36,12 @@ type children struct {
 	idle        []*supervisor // warm: started, or done with a command that left nothing
 	closed      bool
 	flags       []string
+	most        uint64 // processes that commands may have together, 0 for any number
 	sweeping    sync.Mutex
 }
 
 func newChildren(maxProcesses, maxOpenFiles uint64) *children {
-	c := &children{supervisors: map[int]*supervisor{}, flags: []string{"runner", "supervise",
+	c := &children{supervisors: map[int]*supervisor{}, most: maxProcesses, flags: []string{"runner", "supervise",
 		"-max-processes", strconv.FormatUint(maxProcesses, 10), "-max-open-files", strconv.FormatUint(maxOpenFiles, 10)}}
 	arrivals := make(chan os.Signal, 1)
 	signal.Notify(arrivals, syscall.SIGCHLD)
@@ -50,6 +51,21 @@ func newChildren(maxProcesses, maxOpenFiles uint64) *children {
 		}
 	}()
 	return c
+}
+
+// processLimit is RLIMIT_NPROC for a command that starts now. The kernel counts every thread of the user,
+// so what the runner and its supervisors need comes on top of what commands may have.
+func (c *children) processLimit() uint64 {
+	if c.most == 0 {
+		return 0
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	own := threadsOf(os.Getpid())
+	for pid := range c.supervisors {
+		own += threadsOf(pid)
+	}
+	return c.most + own
 }
 
 // reap is the only wait4 in serve. It also sees supervisors that hostile code has stopped.

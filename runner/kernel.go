@@ -2,6 +2,7 @@ package main
 
 import (
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -61,6 +62,35 @@ func prewarmThreads(count int) {
 	all.Wait()
 	close(release)
 	done.Wait()
+}
+
+// threadsOf counts by the links of a directory: "task" has one subdirectory per thread (proc(5)).
+func threadsOf(pid int) uint64 {
+	var found syscall.Stat_t
+	if syscall.Stat("/proc/"+strconv.Itoa(pid)+"/task", &found) != nil || found.Nlink < 2 {
+		return 0
+	}
+	return uint64(found.Nlink) - 2
+}
+
+// setLimitOf sets soft and hard limit of another process, which may lower them. prlimit(2).
+func setLimitOf(pid, resource int, value uint64) error {
+	limit := syscall.Rlimit{Cur: value, Max: value}
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), uintptr(resource), uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// setSoftLimit leaves the hard limit, up to which the soft one can be raised again.
+func setSoftLimit(resource int, value uint64) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(resource, &limit); err != nil {
+		return err
+	}
+	limit.Cur = min(limit.Max, value)
+	return syscall.Setrlimit(resource, &limit)
 }
 
 // lowerLimit sets soft and hard limit, never above the hard limit there is.

@@ -91,9 +91,19 @@ func (s *server) end(code int) {
 	}
 }
 
-// awaitSignal ends in order when a container engine stops the sandbox.
+// awaitSignal ends in order when the runner is told to, unless it is PID 1: then any signal may come from hostile code of the
+// sandbox. The kernel shields an init from signals without a handler, but the Go runtime has one for each and would die of
+// SIGSEGV or SIGQUIT; caught here they do nothing (os/signal: signals sent by another process are only delivered).
+// Who ends such a sandbox sends SIGKILL from outside.
 func (s *server) awaitSignal() {
 	arrivals := make(chan os.Signal, 1)
+	if os.Getpid() == 1 {
+		signal.Notify(arrivals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL,
+			syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGSYS, syscall.SIGSTKFLT, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGALRM, syscall.SIGVTALRM,
+			syscall.SIGPROF, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGIO, syscall.SIGPWR, syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
+		signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
+		return
+	}
 	signal.Notify(arrivals, syscall.SIGTERM, syscall.SIGINT)
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	<-arrivals

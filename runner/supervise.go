@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/signal"
 	"runtime"
@@ -88,7 +89,7 @@ func prepareSupervisor(maxProcesses, maxOpenFiles uint64) {
 		_ = lowerLimit(syscall.RLIMIT_NOFILE, maxOpenFiles)
 	}
 	if maxProcesses > 0 {
-		_ = lowerLimit(rlimitNproc, maxProcesses)
+		_ = lowerLimit(rlimitNproc, maxProcesses+mostOwnThreads)
 	}
 }
 
@@ -149,7 +150,7 @@ func (s *supervision) start(start message, files []int) *message {
 		return failed(int64(code), "", notRunnable(argv[0], code))
 	}
 	outputs := files[len(files)-2:]
-	s.leader, err = forkLeader(path, argv, env, []uintptr{uintptr(stdin), uintptr(outputs[0]), uintptr(outputs[1])})
+	s.leader, err = forkLimited(uint64(start.number(1)), path, argv, env, []uintptr{uintptr(stdin), uintptr(outputs[0]), uintptr(outputs[1])})
 	if err != nil {
 		return startFailure(argv[0], err)
 	}
@@ -166,6 +167,25 @@ func leaderStdin(start message, files []int) (int, error) {
 		return files[0], nil
 	}
 	return syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+}
+
+// mostOwnThreads is the most that the runner itself can need: serve, and a supervisor for each of 64 commands.
+const mostOwnThreads = 1024
+
+// forkLimited starts the leader with its process limit. The supervisor takes the soft limit for the moment of the fork, so
+// that the leader is born with it; then its hard limit is lowered from outside. (Code that raises its soft limit in the
+// microseconds between finds the hard limit of prepareSupervisor.)
+func forkLimited(limit uint64, path string, argv, env []string, files []uintptr) (int, error) {
+	if limit == 0 {
+		return forkLeader(path, argv, env, files)
+	}
+	_ = setSoftLimit(rlimitNproc, limit)
+	pid, err := forkLeader(path, argv, env, files)
+	_ = setSoftLimit(rlimitNproc, math.MaxUint64)
+	if err == nil {
+		_ = setLimitOf(pid, rlimitNproc, limit)
+	}
+	return pid, err
 }
 
 func forkLeader(path string, argv, env []string, files []uintptr) (int, error) {

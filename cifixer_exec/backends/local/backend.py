@@ -39,8 +39,9 @@ from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxLostEr
 from cifixer_exec.model import MIB, Capabilities, Health, Inspection, SandboxHandle, SandboxSpec, check_id
 
 DEFAULT_MEMORY_BYTES = 2048 * MIB
-#: Threads of the runner and its supervisors, which count as processes in the pids controller.
-RUNNER_THREADS = 128
+#: The most that the runner and its supervisors can need of the pids controller, which counts threads; the exact limit on
+#: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
+RUNNER_THREADS = 1024
 START_TIMEOUT_S = 20.0
 
 

@@ -22,6 +22,8 @@ DEFAULT_MAX_PROCESSES = 512
 SPOOL_BYTES = 1024 * MIB
 SHM_BYTES = 256 * MIB
 MAX_OPEN_FILES = 65_536
+#: At once in one sandbox; each has a supervisor with about a dozen threads.
+MAX_COMMANDS = 64
 
 #: The part of /etc that programs need to start, resolve names and trust certificates; nothing that tells about this host's users.
 _ETC = (
@@ -107,6 +109,7 @@ def serve_arguments(spec: SandboxSpec, *, runner: str, workspace: str, spool: st
     return [
         *arguments,
         *("--max-processes", str(spec.max_processes or DEFAULT_MAX_PROCESSES)),
+        *("--max-commands", str(MAX_COMMANDS)),
         *("--max-open-files", str(MAX_OPEN_FILES)),
         *("--expires-in", f"{spec.lifetime_s:.3f}"),
     ]
