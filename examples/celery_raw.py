@@ -19,7 +19,7 @@ from kombu import Exchange, Queue
 
 NAMESPACE = os.environ.get("CIFIXER_NAMESPACE", "cifixer")
 #: Where any worker of the backend looks; the worker that took the task finds the sandbox's owner.
-POOL = Queue("sandbox.local", Exchange("sbx", type="direct"), routing_key="sandbox.local")
+POOL: Any = Queue("sandbox.local", Exchange("sbx", type="direct"), routing_key="sandbox.local")
 PATIENCE_S = 120
 
 
@@ -28,9 +28,7 @@ def make_app(redis_url: str) -> Celery:
     url = redis_url.replace("unix://", "redis+socket://", 1)
     app = Celery("client", broker=url, backend=url, set_as_current=False)
     prefix = {"global_keyprefix": f"{NAMESPACE}:"}
-    app.conf.update(
-        broker_transport_options=prefix, result_backend_transport_options=prefix, task_serializer="json", accept_content=["json"]
-    )
+    app.conf.update(broker_transport_options=prefix, result_backend_transport_options=prefix, accept_content=["json"])
     return app
 
 

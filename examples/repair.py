@@ -138,3 +138,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except ExecutorError as error:
         sys.exit(f"repair: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

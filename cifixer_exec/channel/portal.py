@@ -52,10 +52,18 @@ class Portal:
     def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
         """The items of ``source``, one by one, in the caller's thread; ``source`` is closed when the caller stops."""
 
+        busy: asyncio.Task[Any] | None = None
+
         async def following() -> Any:
+            nonlocal busy
+            busy = asyncio.current_task()
             return await anext(source, _END)
 
         async def close() -> None:
+            # The caller may have been interrupted anywhere, also before it could cancel; a running generator cannot be closed.
+            while busy is not None and not busy.done():
+                busy.cancel()
+                await asyncio.wait([busy], timeout=1.0)
             aclose = getattr(source, "aclose", None)
             if aclose is not None:
                 await aclose()
