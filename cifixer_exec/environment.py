@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from cifixer_exec import transfer
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import InvalidRequestError, SandboxFileError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import (
     MAX_BODY_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -103,7 +103,7 @@ class AsyncCommandHandle:
         Raises:
             SandboxFileError: code ``stdin_closed``: the command does not read (any more).
         """
-        raw = data.encode() if isinstance(data, str) else bytes(data)
+        raw = _as_bytes(data, "stdin")
         self._sent_bytes = await _pump(self._port, self.op_id, raw, start=self._sent_bytes, eof=eof)
 
     async def close_stdin(self) -> None:
@@ -185,7 +185,7 @@ class AsyncSandboxEnvironment:
         output_limit_bytes: int | None = None,
     ) -> AsyncGenerator[OutputChunk | ExecResult, None]:
         """As :meth:`run_command`, as an iterator: chunks of output, and the result as the last item."""
-        raw = _stdin_bytes(stdin)
+        raw = _as_bytes(stdin, "stdin")
         inline = len(raw) <= INLINE_STDIN_BYTES
         parsed = self._parse(
             command,
@@ -256,7 +256,7 @@ class AsyncSandboxEnvironment:
         Raises:
             InvalidRequestError: the path is not usable or not allowed. SandboxFileError: disk full, is a directory, …
         """
-        raw = data.encode() if isinstance(data, str) else bytes(data)
+        raw = _as_bytes(data, "the file's content")
         await transfer.write_bytes(self._port.call, check_path(path), raw, mode=mode)
 
     async def read_file(self, path: str) -> bytes:
@@ -281,11 +281,12 @@ class AsyncSandboxEnvironment:
     async def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 10_000) -> list[FileInfo]:
         """The entries of a directory, sorted by path."""
         answer = await self._port.call("list_files", {"path": check_path(path), "recursive": recursive, "limit": limit})
-        return [FileInfo.from_json(f) for f in answer.document.get("files", [])]
+        files = answer.document.get("files")
+        return [_file(f) for f in (files if isinstance(files, list) else [None])]
 
     async def stat(self, path: str) -> FileInfo:
         """One entry, links not followed. Raises SandboxFileError ``not_found``."""
-        return FileInfo.from_json((await self._port.call("stat", {"path": check_path(path)})).document["file"])
+        return _file((await self._port.call("stat", {"path": check_path(path)})).document.get("file"))
 
     async def exists(self, path: str) -> bool:
         """Whether there is anything at ``path``."""
@@ -328,10 +329,10 @@ class AsyncSandboxEnvironment:
         timeout_s = options.pop("timeout_s", None)
         return Command.parse(
             command,
-            **{**options, "env": options.get("env") or {}},
+            **options,
             timeout_s=self._config.command_timeout_s if timeout_s is None else timeout_s,
             output_limit_bytes=self._config.output_limit_bytes if limit is None else limit,
-            spool_limit_bytes=max(self._config.spool_limit_bytes, limit or 0),
+            spool_limit_bytes=max(self._config.spool_limit_bytes, limit) if isinstance(limit, int) else self._config.spool_limit_bytes,
         )
 
 
@@ -358,12 +359,21 @@ async def _deliver(source: AsyncGenerator[OutputChunk | ExecResult, None], on_ou
     raise SandboxLostError("the output ended without a result")
 
 
-def _stdin_bytes(stdin: bytes | str) -> bytes:
-    if isinstance(stdin, str):
-        return stdin.encode()
-    if not isinstance(stdin, (bytes, bytearray, memoryview)):
-        raise InvalidRequestError(f"stdin is a {type(stdin).__name__}: give bytes or str")
-    return bytes(stdin)
+def _as_bytes(data: bytes | str, what: str) -> bytes:
+    if not isinstance(data, (str, bytes, bytearray, memoryview)):
+        raise InvalidRequestError(f"{what} is a {type(data).__name__}: give bytes or str")
+    try:
+        return data.encode() if isinstance(data, str) else bytes(data)
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{what} has lone surrogates, which are no text: give bytes") from None
+
+
+def _file(data: object) -> FileInfo:
+    """Checked: it comes from a sandbox."""
+    wanted = {"path": str, "name": str, "type": str, "size": int, "mode": int, "mtime_ns": int, "target": str | None}
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), kind) for name, kind in wanted.items()):
+        raise BackendError("the sandbox's runner described a file in a way that cannot be: it has been tampered with")
+    return FileInfo.from_json(data)
 
 
 def _behind(chunk: OutputChunk, offset: int) -> OutputChunk | None:
@@ -387,7 +397,7 @@ async def _pump(port: SandboxPort, op_id: str, data: bytes, *, start: int, eof: 
                 raise
             await asyncio.sleep(0.02)
             continue
-        sent = int(answer.document["accepted_bytes"]) - start  # the runner counts from the first byte of all
+        sent = transfer.whole_number(answer, "accepted_bytes") - start  # the runner counts from the first byte of all
         if sent >= len(data):
             return start + sent
 

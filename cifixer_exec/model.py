@@ -63,11 +63,23 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
+def encoded_size(value: str, what: str) -> int:
+    """How many bytes ``value`` has outside Python; bytes that are not UTF-8 are ``\\udc80…\\udcff`` surrogates (PEP 383).
+
+    Raises:
+        InvalidRequestError: it has other surrogates, which stand for nothing.
+    """
+    try:
+        return len(value.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{what} has the lone surrogate {value[error.start]!r}, which is no text: remove it") from None
+
+
 def check_path(value: str) -> str:
     """Return ``value`` if it can be a path in a sandbox (allowed roots are checked by the runner).
 
     Raises:
-        InvalidRequestError: empty, with a NUL, or longer than 4096 bytes.
+        InvalidRequestError: empty, with a NUL or a lone surrogate, or longer than 4096 bytes.
     """
     if not isinstance(value, str):
         raise InvalidRequestError(f"path {value!r} is a {type(value).__name__}: give a str")
@@ -75,7 +87,7 @@ def check_path(value: str) -> str:
         raise InvalidRequestError("path '' is empty: give a path below the workspace")
     if "\0" in value:
         raise InvalidRequestError(f"path {value!r} has a NUL character, which no file name can have: remove it")
-    if len(value.encode("utf-8", "surrogateescape")) > 4096:
+    if encoded_size(value, f"path {value[:40]!r}") > 4096:
         raise InvalidRequestError(f"path {value[:40]!r}… is longer than 4096 bytes: shorten it")
     return value
 
@@ -97,8 +109,10 @@ def check_env(env: Mapping[str, str] | None) -> dict[str, str]:
     """A copy of ``env`` if names and values can be an environment.
 
     Raises:
-        InvalidRequestError: a name or value that is no ``str``, has a NUL, or a name with ``=``. Values are never shown.
+        InvalidRequestError: a name or value that is no ``str``, has a NUL, is too long, or a name with ``=``. Values are never shown.
     """
+    if not isinstance(env, Mapping | None):
+        raise InvalidRequestError(f"env is a {type(env).__name__}: give a mapping of str to str")
     checked: dict[str, str] = {}
     for name, value in (env or {}).items():
         if not isinstance(name, str) or not _ENV_NAME.match(name):
@@ -107,6 +121,12 @@ def check_env(env: Mapping[str, str] | None) -> dict[str, str]:
             raise InvalidRequestError(f"env[{name!r}] is a {type(value).__name__}: give a str")
         if "\0" in value:
             raise InvalidRequestError(f"env[{name!r}] has a NUL character: remove it")
+        size = encoded_size(f"{name}=", "an env name") + encoded_size(value, f"env[{name!r}]")
+        if size > MAX_ARGUMENT_BYTES:
+            raise InvalidRequestError(
+                f"env[{name!r}] with its name has {size} bytes; Linux takes at most {MAX_ARGUMENT_BYTES}: "
+                "write it to a file with write_file, or pass it by stdin"
+            )
         checked[name] = value
     return checked
 
@@ -117,7 +137,7 @@ def _check_argv(argv: Sequence[str]) -> tuple[str, ...]:
             raise InvalidRequestError(f"command argument {arg!r} is a {type(arg).__name__}: give a str")
         if "\0" in arg:
             raise InvalidRequestError(f"command argument {arg[:40]!r} has a NUL character: remove it, or pass the data by stdin")
-        size = len(arg.encode("utf-8", "surrogateescape"))
+        size = encoded_size(arg, f"command argument {arg[:40]!r}")
         if size > MAX_ARGUMENT_BYTES:
             raise InvalidRequestError(
                 f"the command has an argument of {size} bytes; Linux takes at most {MAX_ARGUMENT_BYTES}: "
@@ -171,6 +191,13 @@ class Command:
             raise InvalidRequestError(f"grace_s={self.grace_s!r} is not usable: give seconds from 0 to 3600")
         if self.cwd is not None:
             check_path(self.cwd)
+        texts = [*self.argv, *(text for pair in self.env.items() for text in pair)]
+        size = sum(len(text.encode("utf-8", "surrogateescape")) for text in texts)
+        if size > MAX_PAYLOAD_BYTES:
+            raise InvalidRequestError(
+                f"the command's arguments and env are {size} bytes; at most {MAX_PAYLOAD_BYTES} are possible: "
+                "write them to a file with write_file, or pass them by stdin"
+            )
         if not isinstance(self.stdin, bytes):
             raise InvalidRequestError(f"stdin is a {type(self.stdin).__name__}: give bytes (or a str to run_command)")
         for name in ("output_limit_bytes", "spool_limit_bytes"):

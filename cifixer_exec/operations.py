@@ -37,6 +37,6 @@ def commands_from(payload: Mapping[str, Any], body: bytes) -> list[Command]:
             size = int(data.get("stdin_bytes", 0))
             commands.append(Command.from_json(data, body[position : position + size]))
             position += size
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"the op's payload is no list of commands: {error!r}") from None
     return commands

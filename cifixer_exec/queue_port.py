@@ -50,6 +50,7 @@ class QueuePort:
         except (asyncio.CancelledError, QueueUnavailableError):
             await asyncio.shield(self._abandon(op_id))
             raise
+        await self.check_exists()  # a repeated create of a sandbox that was torn down since is answered with its old success
 
     async def _abandon(self, op_id: str) -> None:
         """The caller gave up waiting: what may still be made has no user, so it is to go at once, not at the end of its lifetime."""
@@ -110,6 +111,8 @@ class QueuePort:
     async def _ask(self, op: NewOp) -> End:
         async for item in self._journal.submit_and_follow(op, patience_s=self._config.redis_patience_s):
             if isinstance(item, End):
+                if item.body:
+                    await self._journal.drop(op.op_id)  # a piece of a file, which nobody will ask for under this id again
                 if item.error is not None:
                     raise item.error
                 return item

@@ -19,6 +19,7 @@ from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import SandboxRecord
 
 log = logging.getLogger(__name__)
+GONE = frozenset({"closed", "lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +65,19 @@ class Reaper:
 
     def _is_doomed(self, owned: Owned, record: SandboxRecord | None) -> bool:
         now = self._clock()
-        if now - owned.created_at_s < self._grace_s and record is None:
+        if now - owned.created_at_s < self._grace_s and (record is None or record.state == "creating"):
             return False
-        expires_at_s = record.expires_ms / 1000 if record is not None else owned.expires_at_s
-        return record is None or now >= expires_at_s
+        if record is None or record.placement not in ("", self._backend.placement):
+            return True  # unknown, or registered at another placement: a creation that was adopted there left this one behind
+        return now >= record.expires_ms / 1000
 
     async def _destroy(self, doomed: list[Owned], records: dict[str, SandboxRecord]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         destroyed, failed = [], []
         for owned in doomed:
             sandbox_id = owned.handle.sandbox_id
             cause = "its lifetime ended" if sandbox_id in records else "it is unknown to the registry"
-            if sandbox_id not in records and await self._is_open(sandbox_id):
+            record = await self._journal.sandbox(sandbox_id)  # again: it may have been registered or extended since the list was read
+            if not self._is_doomed(owned, None if record is None or record.state in GONE else record):
                 continue
             try:
                 await asyncio.to_thread(self._backend.destroy, owned.handle)
@@ -83,14 +86,10 @@ class Reaper:
                 failed.append(sandbox_id)
                 continue
             log.warning("reaped: sandbox %s: %s", sandbox_id, cause)
-            await self._journal.close(sandbox_id, state="lost", cause=cause)
+            if record is None or record.placement in ("", self._backend.placement):
+                await self._journal.close(sandbox_id, state="lost", cause=cause)
             destroyed.append(sandbox_id)
         return tuple(destroyed), tuple(failed)
-
-    async def _is_open(self, sandbox_id: str) -> bool:
-        """Asked again right before a removal: it may have been registered since the list was read."""
-        record = await self._journal.sandbox(sandbox_id)
-        return record is not None and record.state not in ("closed", "lost")
 
     async def _dead(self, records: dict[str, SandboxRecord]) -> dict[str, str]:
         """Ready entries of this placement whose sandbox is gone, with the cause of its death."""

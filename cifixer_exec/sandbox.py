@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -47,6 +48,9 @@ VERBS = frozenset(
     }
 )
 READ_OUTPUT = "read_output"
+CANCEL_RETRY_S = 0.05
+#: How long a cancel waits for the one who follows the op to see its end.
+CANCEL_S = 10.0
 
 
 class SandboxSession:
@@ -59,6 +63,8 @@ class SandboxSession:
         self.handle = handle
         self._env = spec.env
         self._clock = clock
+        self._cancelled: set[str] = set()
+        self._running: set[str] = set()
         self.channel = Channel(dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle))
 
     async def inspect(self) -> Inspection:
@@ -70,8 +76,21 @@ class SandboxSession:
 
         Known commands are attached to, not started again. A sandbox that dies is a record ``sandbox_lost``, not an error.
         """
+        self._running.add(op_id)
+        try:
+            async with aclosing(self._run_all(op_id, commands)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._running.discard(op_id)
+            self._cancelled.discard(op_id)
+
+    async def _run_all(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
         records: list[ExecRecord] = []
         for index, command in enumerate(commands):
+            if index > 0 and op_id in self._cancelled:
+                records.append(ExecRecord(status=Status.KILLED, cause="it was cancelled before it started"))
+                break
             gate = OutputGate(command.output_limit_bytes)
             async with aclosing(self._run_one(op_id, index, with_env(command, self._env))) as items:
                 async for item in items:
@@ -101,8 +120,20 @@ class SandboxSession:
             raise InvalidRequestError(f"operation {verb!r} is not known: take one of {', '.join(sorted(VERBS))}")
         return await self.channel.request(verb, arguments, body)
 
-    async def kill(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
-        """Kill the process trees of all commands of an op that were started; returns when they are dead."""
+    async def cancel(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
+        """Kill what runs of an op and start no more of it; returns when it is dead.
+
+        The kill may fall between two commands, or just before the first is started: so it is repeated while :meth:`run` goes on.
+        """
+        self._cancelled.add(op_id)
+        deadline = self._clock() + CANCEL_S
+        while True:
+            await self._kill(op_id, commands, grace_s)
+            if op_id not in self._running or self._clock() > deadline:
+                return
+            await asyncio.sleep(CANCEL_RETRY_S)
+
+    async def _kill(self, op_id: str, commands: int, grace_s: float) -> None:
         for index in range(commands):
             try:
                 await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
@@ -168,8 +199,18 @@ class DirectPort:
         raise SandboxNotFoundError(f"no sandbox {sandbox_id!r} lives on backend {backend.name!r} here")
 
     async def create(self) -> None:
-        handle = await asyncio.to_thread(self._backend.create, self._spec)
+        making = asyncio.ensure_future(asyncio.to_thread(self._backend.create, self._spec))
+        try:
+            handle = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: what it makes has no user any more.
+            making.add_done_callback(self._unmake)
+            raise
         self._session = SandboxSession(self._backend, handle, self._spec, epoch=0, client=self._client)
+
+    def _unmake(self, making: asyncio.Future[SandboxHandle]) -> None:
+        if not making.cancelled() and making.exception() is None:
+            threading.Thread(target=self._backend.destroy, args=(making.result(),)).start()
 
     async def destroy(self) -> None:
         session, self._session = self._session, None
@@ -200,7 +241,8 @@ class DirectPort:
         return await self._live().call(verb, arguments, body)
 
     async def cancel(self, op_id: str) -> None:
-        await self._live().kill(op_id, len(self._commands.get(op_id, (None,))))
+        commands = self._commands.get(op_id)
+        await self._live().cancel(op_id, len(commands) if commands else 1)
 
     async def extend(self, lifetime_s: float) -> None:
         await self._live().extend(lifetime_s)

@@ -5,6 +5,7 @@ Every field of :class:`AppConfig` can be given in code or by the variable beside
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -115,7 +116,9 @@ class AppConfig:
 
 def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{k}={v}" for k, v in value.items())
+        lines = "\n".join(f"{k}={v}" for k, v in value.items())
+        plain = not any("\n" in text for pair in value.items() for text in pair) and not lines.startswith("{")
+        return lines if plain else json.dumps(dict(value))
     if isinstance(value, tuple):
         return os.pathsep.join(value)
     return "" if value is None else str(value)
@@ -141,9 +144,15 @@ def _paths(text: str) -> tuple[str, ...]:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    if any("=" not in line for line in text.splitlines() if line):
-        raise ValueError("give NAME=VALUE lines")
-    return dict(line.split("=", 1) for line in text.splitlines() if line)
+    if text.startswith("{"):
+        data = json.loads(text)
+        if not all(isinstance(value, str) for value in data.values()):
+            raise ValueError("give a JSON object of texts")
+        return dict(data)
+    lines = [line for line in text.split("\n") if line]
+    if any("=" not in line for line in lines):
+        raise ValueError("give NAME=VALUE lines, or a JSON object")
+    return dict(line.split("=", 1) for line in lines)
 
 
 #: variable → (field, how its text is read)

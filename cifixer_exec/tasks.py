@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from functools import cache
 from typing import Any
 
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore
 
+from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.channel.portal import process_portal
 from cifixer_exec.errors import ExecutorError, InvalidRequestError
 from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
@@ -26,6 +29,7 @@ from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import End, NewOp, NewSandbox
 from cifixer_exec.wiring import make_journal, make_reaper, make_spec, worker_config, worker_queues
+from cifixer_exec.worker.runtime import DETACHED, PASSED_ON
 from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
 
 app = Celery("cifixer_exec", set_as_current=False)
@@ -88,9 +92,13 @@ class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
     ) -> Any:
         op = self.make_op(task_id or new_op_id(), *(args or ()), **(kwargs or {}))
-        process_portal().call(_client_journal().submit(op))
+        process_portal().call(_client_journal(os.getpid()).submit(op))
         hidden = {"argsrepr": f"({op.sandbox_id!r}, …)", "kwargsrepr": "{}"}
         return super().apply_async((op.sandbox_id,), {"journaled": True}, task_id=op.op_id, **{**options, **hidden})
+
+    def apply_again(self, sandbox_id: str | None, op_id: str) -> None:
+        """Send the task once more for an op that is journaled already."""
+        super().apply_async((sandbox_id,), {"journaled": True}, task_id=op_id)
 
     def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
         """The op that this call means."""
@@ -124,7 +132,7 @@ def run_command(self: Any, /, sandbox_id: str, command: Any = None, *, journaled
 
     ``options``: env, cwd, timeout_s, stdin (text), output_limit_bytes. Streams that are not UTF-8 come in ``stdout_base64`` too.
     """
-    collector, end = _carry_out(self, journaled, lambda op_id: _command_op(op_id, sandbox_id, command, **options))
+    collector, end = _carry_out(self, sandbox_id, journaled, lambda op_id: _command_op(op_id, sandbox_id, command, **options))
     records = (end.result or {}).get("records") or [{"status": Status.KILLED, "cause": "it was cancelled before it started"}]
     return _result_dict(collector.result(ExecRecord.from_json(records[0]), self.request.id))
 
@@ -134,29 +142,48 @@ def create_sandbox(self: Any, /, sandbox_id: str | None = None, *, journaled: bo
     """Make a sandbox; ``overrides`` are fields of AppConfig. Returns ``{"sandbox_id": …}``."""
     if not journaled and sandbox_id is None:
         sandbox_id = f"sb-{uuid.uuid5(uuid.NAMESPACE_OID, self.request.id).hex[:20]}"
-    _carry_out(self, journaled, lambda op_id: _create_op(op_id, sandbox_id, **overrides))
+    _carry_out(self, sandbox_id, journaled, lambda op_id: _create_op(op_id, sandbox_id, **overrides))
     return {"sandbox_id": sandbox_id}
 
 
 @app.task(name="cifixer_exec.teardown_sandbox", base=_TeardownSandbox, bind=True)
 def teardown_sandbox(self: Any, /, sandbox_id: str, *, journaled: bool = False) -> dict[str, Any]:
     """End a sandbox."""
-    _carry_out(self, journaled, lambda op_id: _teardown_op(op_id, sandbox_id))
+    _carry_out(self, sandbox_id, journaled, lambda op_id: _teardown_op(op_id, sandbox_id))
     return {"sandbox_id": sandbox_id}
 
 
-def _carry_out(task: Any, journaled: bool, make_op: Any) -> tuple[OutputCollector, End]:
-    """Journal the op unless its sender did, run it here if it is granted here, and wait for its end.
+def _carry_out(task: Any, sandbox_id: str | None, journaled: bool, make_op: Any) -> tuple[OutputCollector, End]:
+    """Journal the op unless its sender did, run it here if this worker can, and wait for its end.
+
+    A worker that drains, or loses its lease, sends the task on under the same id: whoever gets it waits for the same op.
+    (A worker that is killed takes the Celery task with it; the op goes on all the same, and its result is in the journal.)
 
     Raises:
         ExecutorError: as the op failed; Celery stores its class and message.
     """
     worker, op_id = runtime(), task.request.id
-    if not journaled:
-        worker.portal.call(worker.journal.submit(make_op(op_id)))
-    if worker.handle(op_id) == "detached":
-        raise Ignore  # this worker drains: the next owner's doorbell carries the op on, and its result is in the journal
-    return worker.portal.call(_gather(worker.journal, op_id))
+    op = None if journaled else make_op(op_id)
+    try:
+        if op is not None:
+            worker.portal.call(worker.journal.submit(op))
+        outcome = worker.handle(op_id) if worker.portal.call(_is_mine(worker.journal, op_id)) else ""
+        if outcome in (DETACHED, PASSED_ON):
+            raise CancelledError
+        return worker.portal.call(_gather(worker.journal, op_id))
+    except (CancelledError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not worker.stopped:
+            raise
+        task.apply_again(sandbox_id, op_id)
+        raise Ignore from None
+
+
+async def _is_mine(journal: Journal, op_id: str) -> bool:
+    """Whether this worker's backend and placement are those of the op's sandbox: raw tasks come to any worker."""
+    op = await journal.op(op_id)
+    record = await journal.sandbox(op.sandbox_id) if op is not None else None
+    mine = make_backend(worker_config())
+    return record is not None and record.backend == mine.name and record.placement in ("", mine.placement)
 
 
 async def _gather(journal: Journal, op_id: str) -> tuple[OutputCollector, End]:
@@ -225,8 +252,8 @@ def _result_dict(result: ExecResult) -> dict[str, Any]:
 
 
 @cache
-def _client_journal() -> Journal:
-    """For :meth:`OpTask.apply_async`, on the process's portal."""
+def _client_journal(_pid: int) -> Journal:
+    """For :meth:`OpTask.apply_async`, on the process's portal: one per process, because sockets do not survive a fork."""
     return make_journal(worker_config())
 
 

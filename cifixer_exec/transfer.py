@@ -14,12 +14,12 @@ import stat
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import InvalidRequestError, SandboxFileError
+from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError
 from cifixer_exec.model import MAX_BODY_BYTES
 
 Call = Callable[..., Awaitable[Answer]]
@@ -27,6 +27,18 @@ Call = Callable[..., Awaitable[Answer]]
 #: A downloaded directory is written by the sandbox: these bound what it can do to the disk here.
 MAX_ARCHIVE_BYTES = 8 * 1024**3
 MAX_ARCHIVE_MEMBERS = 500_000
+
+
+def whole_number(answer: Answer, name: str) -> int:
+    """A member of an answer that must be 0 or more: it comes from a sandbox, which may say anything.
+
+    Raises:
+        BackendError: it is missing or something else.
+    """
+    value = answer.document.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
+        raise BackendError(f"the sandbox's runner answered with {name}={str(value)[:40]}, which cannot be: it has been tampered with")
+    return value
 
 
 async def write_bytes(call: Call, path: str, data: bytes, *, mode: int | None = None) -> None:
@@ -63,18 +75,23 @@ async def read_bytes(call: Call, path: str) -> bytes:
     return out.getvalue()
 
 
-async def read_stream(call: Call, path: str, out: IO[bytes]) -> int:
+async def read_stream(call: Call, path: str, out: IO[bytes], *, limit_bytes: int | None = None) -> int:
     """Write the content of ``path`` to ``out``; returns its permission bits. A file that changes meanwhile is an error."""
     offset, etag = 0, None
     while True:
         answer = await call("read", {"path": path, "offset": offset, "length": MAX_BODY_BYTES, "etag": etag})
-        etag = answer.document["etag"]
+        size, mode = whole_number(answer, "size"), whole_number(answer, "mode")
+        if limit_bytes is not None and size > limit_bytes:
+            raise SandboxFileError(f"{path!r} has {size} bytes, more than {limit_bytes}: download parts of it")
+        if offset + len(answer.body) > size:
+            raise SandboxFileError(f"{path!r} is longer than the {size} bytes it had: read it again", "changed")
+        etag = answer.document.get("etag")
         await asyncio.to_thread(out.write, answer.body)
         offset += len(answer.body)
-        if offset >= int(answer.document["size"]):
-            return int(answer.document["mode"])
+        if offset >= size:
+            return mode & 0o7777
         if not answer.body:
-            raise SandboxFileError(f"{path!r} ended at byte {offset} of {answer.document['size']}: read it again", "changed")
+            raise SandboxFileError(f"{path!r} ended at byte {offset} of {size}: read it again", "changed")
 
 
 async def upload(call: Call, source: Path, path: str, exclude: Sequence[str]) -> None:
@@ -97,20 +114,19 @@ async def upload(call: Call, source: Path, path: str, exclude: Sequence[str]) ->
 
 async def download(call: Call, path: str, destination: Path, exclude: Sequence[str]) -> None:
     """A file to ``destination``, or the content of a directory into it."""
-    found = (await call("stat", {"path": path})).document["file"]
-    if found["type"] != "directory":
+    found = (await call("stat", {"path": path})).document.get("file")
+    if not isinstance(found, dict) or found.get("type") != "directory":
         await _download_file(call, path, destination)
         return
-    packed = (await call("pack", {"path": path, "excludes": list(exclude)})).document
+    packed = await call("pack", {"path": path, "excludes": list(exclude)})
+    archive = str(packed.document.get("archive"))
     try:
-        if int(packed["size"]) > MAX_ARCHIVE_BYTES:
-            raise SandboxFileError(f"{path!r} packs to {packed['size']} bytes, more than {MAX_ARCHIVE_BYTES}: download parts of it")
         with tempfile.TemporaryFile() as file:
-            await read_stream(call, packed["archive"], file)
+            await read_stream(call, archive, file, limit_bytes=MAX_ARCHIVE_BYTES)
             file.seek(0)
             await asyncio.to_thread(_unpack, file, destination)
     finally:
-        await call("remove", {"path": packed["archive"], "recursive": False, "missing_ok": True})
+        await call("remove", {"path": archive, "recursive": False, "missing_ok": True})
 
 
 def _mode_of(source: Path) -> int:
@@ -128,7 +144,7 @@ def _target(path: str, destination: Path) -> Path:
 async def _download_file(call: Call, path: str, destination: Path) -> None:
     """By a temporary name and rename, so that a broken transfer never looks like the file."""
     target = await asyncio.to_thread(_target, path, destination)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f".cifixer-{uuid.uuid4().hex}")  # a name of the longest kind has no room for more
     try:
         with temporary.open("wb") as file:
             mode = await read_stream(call, path, file)
@@ -155,8 +171,8 @@ def _unpack(file: IO[bytes], destination: Path) -> None:
     """Extract an archive that a sandbox made. The ``data`` filter refuses what leaves ``destination`` (PEP 706)."""
     destination.mkdir(parents=True, exist_ok=True)
     total = 0
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for count, member in enumerate(archive):
+    with _opened(file) as archive:
+        for count, member in enumerate(_members(archive)):
             total += member.size
             if count >= MAX_ARCHIVE_MEMBERS or total > MAX_ARCHIVE_BYTES:
                 raise SandboxFileError(
@@ -165,8 +181,22 @@ def _unpack(file: IO[bytes], destination: Path) -> None:
             _extract(archive, member, destination)
 
 
+def _opened(file: IO[bytes]) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:")
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise SandboxFileError(f"the sandbox sent a broken archive: {error}") from None
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    try:
+        yield from archive
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise SandboxFileError(f"the sandbox sent a broken archive: {error}") from None
+
+
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, destination: Path) -> None:
     try:
         archive.extract(member, destination, filter="data")
-    except (tarfile.FilterError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise SandboxFileError(f"the sandbox sent {member.name!r}, which cannot be placed in {str(destination)!r}: {error}") from None

@@ -39,7 +39,20 @@ MAX_MALFORMED = 3
 #: How many connections in a row may break without one answer or byte of output.
 MAX_CUTS = 20
 
+#: How much of a cause is kept.
+MAX_CAUSE_CHARS = 2000
+
 _STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
+_BOUNDS = {
+    "exit_code": 255,
+    "stdout_bytes": 1 << 62,
+    "stderr_bytes": 1 << 62,
+    "killed_processes": 1 << 32,
+    "background_processes": 1 << 32,
+    "oom_kills": 1 << 32,
+}
+#: What a runner may say; that a sandbox is lost is for this side to find out. A list: what comes may be unhashable.
+_STATUSES = [None, *(s.value for s in Status if s is not Status.SANDBOX_LOST)]
 
 _ERRORS: dict[str, type[ExecutorError]] = {
     "invalid": InvalidRequestError,
@@ -84,6 +97,7 @@ class Channel:
         self._boot_id: str | None = None
         self._malformed = 0
         self._cuts = 0
+        self._counted: Connection | None = None
 
     async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         """One verb of the runner, sent again after a cut.
@@ -100,7 +114,7 @@ class Channel:
             except RunnerError as error:
                 raise translate(error) from None
             except (ConnectionClosedError, MalformedFrameError) as error:
-                self._note(error)
+                self._note(connection, error)
             else:
                 self._progressed()
                 return answer
@@ -155,30 +169,34 @@ class Channel:
             try:
                 async for item in stream:
                     if isinstance(item, Answer):
+                        record = _record(item) if arguments.get("follow", True) else None
                         self._progressed()
-                        if arguments.get("follow", True):
-                            yield _record(item)
+                        if record is not None:
+                            yield record
                         return
-                    self._cuts = 0
                     if (chunk := _chunk(item, seen, index)) is not None:
+                        self._cuts = 0
                         yield chunk
             except RunnerError as error:
                 raise translate(error) from None
             except (ConnectionClosedError, MalformedFrameError) as error:
-                self._note(error)
                 connection.close()
+                self._note(connection, error)
             finally:
                 await stream.aclose()
 
     def _progressed(self) -> None:
         self._malformed = self._cuts = 0
 
-    def _note(self, error: Exception) -> None:
-        """Count broken connections; a runner that keeps talking nonsense has been taken over by its sandbox.
+    def _note(self, connection: Connection | None, error: Exception) -> None:
+        """Count a broken connection once, however many calls it had; a runner that keeps talking nonsense has been taken over.
 
         Raises:
             SandboxLostError: too many in a row.
         """
+        if connection is not None and connection is self._counted:
+            return
+        self._counted = connection
         self._cuts += 1
         self._malformed += isinstance(error, MalformedFrameError)
         if self._malformed >= MAX_MALFORMED:
@@ -208,7 +226,8 @@ class Channel:
                 connection = await Connection.open(await self._dial(), self._hello)
                 return self._check_boot(connection)
             except (OSError, ConnectionClosedError, MalformedFrameError, TimeoutError) as error:
-                self._note(error)
+                if isinstance(error, MalformedFrameError):
+                    self._note(None, error)
                 inspection = await self._inspect()
                 if not inspection.alive:
                     raise SandboxLostError(f"the sandbox is gone: {inspection.cause or error}") from None
@@ -269,11 +288,18 @@ def _record(answer: Answer) -> ExecRecord:
     data = answer.document.get("record")
     if not isinstance(data, dict) or data.get("state") != "finished":
         raise MalformedFrameError("an answer has no finished record")
-    for name in ("exit_code", "stdout_bytes", "stderr_bytes", "killed_processes", "background_processes", "oom_kills"):
-        if isinstance(data.get(name), bool) or not isinstance(data.get(name), int | None):
-            raise MalformedFrameError(f"a record has {name}={data.get(name)!r}")
-    if not isinstance(data.get("duration_s"), (int, float)) or not isinstance(data.get("signal"), str | None):
-        raise MalformedFrameError("a record has a duration or signal of a wrong type")
+    for name, bound in _BOUNDS.items():
+        value = data.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= bound):
+            raise MalformedFrameError(f"a record has {name}={str(value)[:40]}")
+    duration_s, signal = data.get("duration_s"), data.get("signal")
+    if isinstance(duration_s, bool) or not isinstance(duration_s, (int, float)) or not 0 <= duration_s < 1e10:
+        raise MalformedFrameError("a record has an impossible duration")
+    if not isinstance(signal, str | None) or len(signal or "") > 32 or not isinstance(data.get("spool_truncated"), bool | None):
+        raise MalformedFrameError("a record has a signal or flag of a wrong type")
+    if data.get("status") not in _STATUSES:
+        raise MalformedFrameError("a record has a status that no runner gives")
+    data = {**data, "cause": str(data.get("cause") or "")[:MAX_CAUSE_CHARS]}
     try:
         record = ExecRecord.from_json(data)
     except ValueError as error:

@@ -26,6 +26,7 @@ from cifixer_exec.channel.transport import Transport
 PROTOCOL = 1
 WINDOW_BYTES = 1024 * 1024
 PING_INTERVAL_S = 5.0
+PONG_INTERVAL_S = 1.0
 #: Three pings without any byte from the runner: a half-open connection, or a sandbox that is frozen.
 SILENCE_S = 20.0
 
@@ -75,6 +76,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_at = 0.0
+        self._ponged_at = float("-inf")
         self._hello: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self.closed_by: Exception | None = None
 
@@ -141,8 +143,7 @@ class Connection:
                 if isinstance(item, Output):
                     spent = self._grant(number, call, spent + len(item.data), window_bytes)
         finally:
-            self._calls.pop(number, None)
-            if not finished and self.closed_by is None:
+            if self._calls.pop(number, None) is not None and not finished and self.closed_by is None:
                 # The runner may still send what is on its way: those frames name a call nobody holds, and are dropped.
                 self._transport.send(encode_frame(FrameType.CANCEL, number))
 
@@ -192,10 +193,11 @@ class Connection:
             if call.credit < 0:
                 raise MalformedFrameError("the runner sent more output than it had credit for")
             call.inbox.put_nowait(output)
-        elif frame.type is FrameType.REPLY:
-            call.inbox.put_nowait(decode_document(frame.payload))
-        elif frame.type is FrameType.ERROR:
-            call.inbox.put_nowait(_runner_error(frame.payload))
+        elif frame.type in (FrameType.REPLY, FrameType.ERROR):
+            # The call is over: whatever a hostile runner sends for it from now on is dropped, not gathered.
+            last = _runner_error(frame.payload) if frame.type is FrameType.ERROR else decode_document(frame.payload)
+            del self._calls[frame.call]
+            call.inbox.put_nowait(last)
         else:
             raise MalformedFrameError(f"the runner sent a {frame.type.name} frame within a call")
 
@@ -206,7 +208,7 @@ class Connection:
                 raise MalformedFrameError(f"the runner speaks protocol {document.get('protocol')!r}, not {PROTOCOL}")
             self._hello.set_result(document)
         elif frame.type is FrameType.PING:
-            self._transport.send(encode_frame(FrameType.PONG, 0, frame.payload[:64]))
+            self._pong(frame.payload[:64])
         elif frame.type is FrameType.ERROR:
             error = _runner_error(frame.payload)
             if error.code == "epoch_stale":
@@ -214,6 +216,13 @@ class Connection:
             raise ConnectionClosedError(f"the runner closed the connection: {error.code}: {error.message}")
         elif frame.type is not FrameType.PONG:
             raise MalformedFrameError(f"the runner sent a {frame.type.name} frame for the connection")
+
+    def _pong(self, payload: bytes) -> None:
+        """At most one answer per second: a peer that pings and does not read must not fill our memory."""
+        now = asyncio.get_running_loop().time()
+        if now - self._ponged_at >= PONG_INTERVAL_S:
+            self._ponged_at = now
+            self._transport.send(encode_frame(FrameType.PONG, 0, payload))
 
     async def _ping(self) -> None:
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ The loop is made on first use and forgotten in a forked child (a loop does not s
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -22,12 +23,18 @@ class Portal:
 
     def __init__(self, name: str = "cifixer-loop") -> None:
         self.loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+    @property
+    def alive(self) -> bool:
+        """False in a forked child (which has the objects and not the thread) and once the process is exiting."""
+        return self._pid == os.getpid() and self._thread.is_alive() and not self.loop.is_closed()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start ``coroutine`` on the loop; the future can be cancelled."""
@@ -37,8 +44,14 @@ class Portal:
         """Run ``coroutine`` to its end and return its result. An interrupted caller (Ctrl-C) cancels it.
 
         Raises:
-            RuntimeError: called from the loop's own thread, which would wait for itself.
+            RuntimeError: called from the loop's own thread, which would wait for itself; or the loop is not :attr:`alive`.
         """
+        if not self.alive:
+            coroutine.close()
+            raise RuntimeError(
+                "the event loop of this object is not in this process: it was made before a fork, or the process is exiting; "
+                "in a forked child take the sandbox up with attach(sandbox_id)"
+            )
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("this call blocks, and was made on the event loop it would wait for: use the async API there")
@@ -72,11 +85,12 @@ class Portal:
             while (item := self.call(following())) is not _END:
                 yield item
         finally:
-            self.call(close())
+            if self.alive:
+                self.call(close())
 
     def stop(self) -> None:
         """End the loop and its thread; what still runs is cancelled."""
-        if self.loop.is_closed():
+        if not self.alive:
             return
         asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(timeout=5)
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -102,6 +116,8 @@ def process_portal() -> Portal:
         if pid not in _portals:
             _portals.clear()
             _portals[pid] = Portal()
+            # Else a daemon thread is frozen at exit, and whoever still waits for it hangs the interpreter.
+            atexit.register(_portals[pid].stop)
         return _portals[pid]
 
 

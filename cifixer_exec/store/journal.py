@@ -84,6 +84,10 @@ class Journal:
         """The caller has the result: a final op and its output need not be kept for long."""
         await self._call("collected", op_id, self._collected_ms)
 
+    async def drop(self, op_id: str) -> None:
+        """Nobody will ask for the op again: a final one goes now, with its output."""
+        await self._call("collected", op_id, 0)
+
     async def read(self, op_id: str, *, after: str = "0", block_s: float = 5.0) -> list[Entry]:
         """The next entries of an op's stream, waiting up to ``block_s`` (0: not at all) for the first."""
         with translated(self._redis):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.channel.connection import EpochStaleError
@@ -19,10 +19,11 @@ from cifixer_exec.sandbox import SandboxSession
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import Taken
 from cifixer_exec.worker.ownership import Ownership
+from cifixer_exec.worker.persistence import persist
 from cifixer_exec.worker.publisher import FencedError, Publisher
 
 log = logging.getLogger(__name__)
-CANCEL_RETRY_S = 0.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,43 @@ class Executor:
         except (FencedError, EpochStaleError):
             log.warning("op %s: fenced, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
             self._ownership.drop(taken.sandbox_id)
-        except SandboxLostError as error:
-            await self._lost(taken, str(error))
-            await self._fail(taken, error)
         except ExecutorError as error:
-            await self._fail(taken, error)
+            await self._failed(taken, error)
         except Exception as error:
             # A defect of ours must not leave the caller waiting; its text may hold what the sandbox sent, so only the type is told.
             log.exception("op %s (%s) failed in the worker", taken.op_id, taken.kind)
             await self._fail(taken, ExecutorError(f"the worker failed with {type(error).__name__} on op {taken.op_id}: see its log"))
 
+    async def _failed(self, taken: Taken, error: ExecutorError) -> None:
+        try:
+            if isinstance(error, SandboxLostError):
+                await self._lost(taken, str(error))
+            await self._fail(taken, error)
+        except FencedError:
+            log.warning("op %s: fenced, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
+
     async def cancel(self, op_id: str) -> None:
-        """Kill the commands of an op until it has ended; it may be just about to start them."""
-        while (running := self._running.get(op_id)) is not None:
-            try:
-                await running.session.kill(op_id, running.commands)
-            except (ExecutorError, EpochStaleError):
-                return
-            await asyncio.sleep(CANCEL_RETRY_S)
+        """Kill the commands of an op, if this worker runs it."""
+        running = self._running.get(op_id)
+        if running is not None:
+            with suppress(ExecutorError, EpochStaleError):
+                await running.session.cancel(op_id, running.commands)
 
     async def _create(self, taken: Taken) -> None:
         spec = SandboxSpec.from_json(taken.spec)
-        handle = await asyncio.to_thread(self._backend.create, spec)
+        # A thread cannot be cancelled: a drain waits for it, because an adopter must find the sandbox made or not begun.
+        handle = await finished(asyncio.to_thread(self._backend.create, spec))
         try:
             await self._ownership.add(taken, handle).channel.connect()
-            queue = placement_queue(handle.backend, handle.placement)
-            registered = await self._journal.ready(
-                self._wid, taken.sandbox_id, taken.epoch, handle=handle.to_json(), placement=handle.placement, queue=queue
-            )
         except ExecutorError:
             await self._unmake(handle)
             raise
+        queue = placement_queue(handle.backend, handle.placement)
+        registered = await persist(
+            lambda: self._journal.ready(
+                self._wid, taken.sandbox_id, taken.epoch, handle=handle.to_json(), placement=handle.placement, queue=queue
+            )
+        )
         if not registered:
             # Another worker may have adopted the creation: the sandbox is the same one (its name is), so it is not ours to destroy.
             raise FencedError
@@ -111,9 +118,7 @@ class Executor:
         else:
             handle = SandboxHandle(backend=self._backend.name, sandbox_id=taken.sandbox_id, placement=self._backend.placement)
         await asyncio.to_thread(self._backend.destroy, handle)
-        closed = await self._journal.close(
-            taken.sandbox_id, state="closed", cause="it was torn down", wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id
-        )
+        closed = await self._close(taken, state="closed", cause="it was torn down")
         if not closed:
             raise FencedError
         await self._done(taken, {})
@@ -121,8 +126,8 @@ class Executor:
     async def _start(self, taken: Taken) -> None:
         commands = commands_from(taken.payload, taken.body)
         session = self._ownership.session(taken)
-        publisher = Publisher(lambda chunks: self._journal.publish(self._wid, taken.op_id, taken.epoch, chunks))
-        self._running[taken.op_id] = _Running(session, len(commands))
+        publisher = Publisher(lambda chunks: persist(lambda: self._journal.publish(self._wid, taken.op_id, taken.epoch, chunks)))
+        running = self._running[taken.op_id] = _Running(session, len(commands))
         cancelling = asyncio.create_task(self.cancel(taken.op_id)) if taken.cancel else None
         try:
             async with aclosing(session.run(taken.op_id, commands)) as items:
@@ -132,7 +137,9 @@ class Executor:
                     else:
                         await self._ended(taken, item, await publisher.rest())
         finally:
-            del self._running[taken.op_id]
+            # After a lapse the same op may have been taken again by this very worker: its entry must stay.
+            if self._running.get(taken.op_id) is running:
+                del self._running[taken.op_id]
             if cancelling is not None:
                 cancelling.cancel()
 
@@ -153,22 +160,47 @@ class Executor:
         await self._done(taken, answer.document, body=answer.body)
 
     async def _done(self, taken: Taken, result: Mapping[str, Any], *, body: bytes = b"", chunks: list[OutputChunk] | None = None) -> None:
-        if not await self._journal.finish(self._wid, taken.op_id, taken.epoch, state="done", result=result, body=body, chunks=chunks or ()):
+        written = await persist(
+            lambda: self._journal.finish(self._wid, taken.op_id, taken.epoch, state="done", result=result, body=body, chunks=chunks or ())
+        )
+        if not written:
             raise FencedError
 
     async def _fail(self, taken: Taken, error: ExecutorError) -> None:
-        written = await self._journal.finish(self._wid, taken.op_id, taken.epoch, state="failed", error=error_to_json(error))
+        written = await persist(
+            lambda: self._journal.finish(self._wid, taken.op_id, taken.epoch, state="failed", error=error_to_json(error))
+        )
         if not written:
             log.warning("op %s: its failure was not recorded, another worker owns it now", taken.op_id)
 
+    async def _close(self, taken: Taken, *, state: str, cause: str) -> bool:
+        return await persist(
+            lambda: self._journal.close(taken.sandbox_id, state=state, cause=cause, wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id)
+        )
+
     async def _lost(self, taken: Taken, cause: str) -> None:
-        """Close the registry entry; what is left on the platform goes too, so that a lost sandbox leaves nothing behind."""
+        """Close the registry entry; what is left on the platform goes too, so that a lost sandbox leaves nothing behind.
+
+        Raises:
+            FencedError: another worker owns the sandbox, and may well reach it: it is not ours to declare lost or to remove.
+        """
         if taken.sandbox_id in self._closing:
             return
         self._ownership.drop(taken.sandbox_id)
-        await self._journal.close(taken.sandbox_id, state="lost", cause=cause, wid=self._wid, epoch=taken.epoch, keep_op=taken.op_id)
+        if not await self._close(taken, state="lost", cause=cause):
+            raise FencedError
         if taken.handle is not None:
             try:
                 await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))
             except BackendError as error:
                 log.warning("lost sandbox %s could not be removed now, the reaper will: %s", taken.sandbox_id, error)
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which goes on to its end even if the caller is cancelled meanwhile; then the cancellation follows."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -58,6 +58,10 @@ class Lease:
             except ExecutorError as error:
                 log.warning("the lease could not be renewed: %s", error)
                 continue
+            except Exception:
+                # A heartbeat that ends by a defect would fence a healthy worker for ever.
+                log.exception("the lease could not be renewed")
+                continue
             self._renewed_at = sent_at
             if fresh:
                 log.warning("the lease had lapsed: this worker owns nothing any more")

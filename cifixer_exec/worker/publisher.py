@@ -43,11 +43,12 @@ class Publisher:
             self._timer = asyncio.create_task(self._flush_later())
 
     async def rest(self) -> list[OutputChunk]:
-        """What is not written yet, to go along with the end. Nothing may be added after it."""
+        """What is not written yet, to go along with the end. Nothing may be added after it. Raises FencedError."""
         if self._timer is not None and not self._writing.locked():
             self._timer.cancel()
         async with self._writing:
             pending, self._pending, self._size = self._pending, [], 0
+        self._raise_from_timer()
         return pending
 
     async def _flush_later(self) -> None:

@@ -16,10 +16,16 @@ from cifixer_exec.store.records import Taken
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
+from cifixer_exec.worker.persistence import persist
 
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 1.0
 CANCEL_CHECK_S = 1.0
+#: How long a worker whose lease is in doubt waits before it passes a doorbell on, which may come straight back to it.
+DOUBT_S = 0.2
+
+#: What :meth:`WorkerRuntime.handle` answers besides the kind of the op and the reasons of :class:`NotTaken`.
+DETACHED, PASSED_ON, BUSY = "detached", "passed on", "busy"
 
 #: Listens for op ids to cancel, for ever; given by the wiring.
 Listen = Callable[[Callable[[str], None]], Awaitable[None]]
@@ -41,8 +47,10 @@ class WorkerRuntime:
         listen: Listen,
         close: Callable[[], Coroutine[Any, Any, None]],
         drain_s: float,
+        most_ops: int,
     ) -> None:
         self.wid = wid
+        self._most_ops = most_ops
         self.journal = journal
         self.portal = portal
         self._lease_portal = lease_portal
@@ -56,6 +64,7 @@ class WorkerRuntime:
         self._active: set[asyncio.Task[Any]] = set()
         self._cancels: dict[str, asyncio.Task[None]] = {}
         self._draining = False
+        self.stopped = False
 
     def start(self) -> None:
         """Take the lease and begin the background work.
@@ -76,7 +85,7 @@ class WorkerRuntime:
         try:
             return self.portal.call(self._handle(op_id))
         except CancelledError:
-            return "detached"
+            return DETACHED
 
     def stop(self) -> None:
         """Drain: what runs may end within ``drain_s``, the rest goes on in its sandbox for the next owner; then give the lease up."""
@@ -86,6 +95,7 @@ class WorkerRuntime:
             future.cancel()
         handed_over = self.portal.call(self.journal.release(self.wid))
         log.info("drained: %d sandboxes handed over", handed_over)
+        self.stopped = True
         self.portal.call(self._close())
         self._lease_portal.stop()
         self.portal.stop()
@@ -95,24 +105,37 @@ class WorkerRuntime:
         return {"sandboxes": len(self._ownership), "active": len(self._active), "draining": self._draining}
 
     def lapsed(self) -> None:
-        """Called from the lease's loop: whoever owned is fenced now."""
-        self.portal.loop.call_soon_threadsafe(self._ownership.drop_all)
+        """Called from the lease's loop: whoever owned is fenced now, and what it had in progress is rung for anew."""
+        self.portal.loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        for task in self._active:
+            task.cancel()
+        self._ownership.drop_all()
 
     async def _handle(self, op_id: str) -> str:
         if self._draining or not self._lease.valid():
+            await asyncio.sleep(0 if self._draining else DOUBT_S)
             await self.journal.ring(op_id)
-            return "passed on"
-        outcome = await self.journal.take(self.wid, op_id, uuid.uuid4().hex)
-        if not isinstance(outcome, Taken):
-            return outcome.reason
+            return PASSED_ON
+        if len(self._active) >= self._most_ops and await self._is_command(op_id):
+            return BUSY  # it stays queued and is rung for again: threads are kept for the ops that end commands and feed them
         task = asyncio.current_task()
         assert task is not None  # always within a task: Portal.call made it
         self._active.add(task)
         try:
+            nonce = uuid.uuid4().hex
+            outcome = await persist(lambda: self.journal.take(self.wid, op_id, nonce))
+            if not isinstance(outcome, Taken):
+                return outcome.reason
             await self._executor.execute(outcome)
         finally:
             self._active.discard(task)
         return outcome.kind
+
+    async def _is_command(self, op_id: str) -> bool:
+        record = await self.journal.op(op_id)
+        return record is not None and record.kind == "start"
 
     async def _drain(self) -> None:
         active = self._active - {asyncio.current_task()}

@@ -39,7 +39,7 @@ def document_frame(call: int, text: bytes, size: int | None = None) -> bytes:
 
 async def collect(channel: Channel) -> tuple[bytes, ExecRecord]:
     """The stdout and the record of one command."""
-    pieces = []
+    pieces: list[bytes] = []
     async for item in channel.run("op", COMMAND):
         if isinstance(item, ExecRecord):
             return b"".join(pieces), item
@@ -228,7 +228,7 @@ def test_more_output_than_credit_is_lost() -> None:
     async def go() -> None:
         async with fake_channel(behave) as channel:
             async for _ in channel.run("op", COMMAND):
-                await asyncio.sleep(0.2)  # a slow reader gives no credit back meanwhile
+                await asyncio.sleep(0.05)  # a slow reader gives no credit back meanwhile
 
     with pytest.raises(SandboxLostError, match="credit"):
         run(go())
@@ -384,7 +384,7 @@ def test_a_flood_of_pings_is_answered_and_does_no_harm() -> None:
 
 def test_a_dead_sandbox_is_lost_with_its_cause() -> None:
     async def behave(peer: Peer) -> None:
-        await peer.hello()
+        await peer.frame()
 
     with pytest.raises(SandboxLostError, match="it fell over"):
         request(behave, alive=False)
@@ -501,7 +501,7 @@ def test_stdin_and_files_survive_a_breaking_connection(tmp_path: Path) -> None:
         while sent < len(data):
             piece = data[sent : sent + 200_000]
             arguments = {"op_id": "op", "offset": sent, "eof": sent + len(piece) == len(data)}
-            sent += int((await channel.request("stdin", arguments, piece)).document["accepted_bytes"])
+            sent = int((await channel.request("stdin", arguments, piece)).document["accepted_bytes"])  # counted from the first byte of all
 
     async def go() -> None:
         async with real_channel(tmp_path, 700_001) as (channel, cuts):

@@ -1,4 +1,4 @@
-"""What the contract suite runs on: backends × dispatch, one worker process per backend, and what must not be left behind."""
+"""What the contract suite runs on: each backend, direct and queued, one worker process per backend, and what must not be left behind."""
 
 from __future__ import annotations
 
