@@ -134,9 +134,9 @@ class SandboxEnvironment:
         """Write a file whole; parent directories are made."""
         self._portal.call(self._environment.write_file(path, data, mode=mode))
 
-    def read_file(self, path: str) -> bytes:
-        """The content of a file."""
-        return self._portal.call(self._environment.read_file(path))
+    def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a file of at most ``max_bytes``."""
+        return self._portal.call(self._environment.read_file(path, max_bytes=max_bytes))
 
     def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """The content of a text file."""
@@ -150,7 +150,7 @@ class SandboxEnvironment:
         """Copy a file, or the content of a directory, from the sandbox."""
         self._portal.call(self._environment.download(path, destination, exclude=exclude))
 
-    def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 10_000) -> list[FileInfo]:
+    def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 100_000) -> list[FileInfo]:
         """The entries of a directory, sorted by path."""
         return self._portal.call(self._environment.list_files(path, recursive=recursive, limit=limit))
 

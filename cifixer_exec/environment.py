@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from cifixer_exec import transfer
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.errors import BackendError, ExecutorError, InvalidRequestError, SandboxFileError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import (
     MAX_BODY_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -35,6 +35,8 @@ from cifixer_exec.settings import AppConfig
 
 #: Stdin up to this size travels with the command; more is sent beside it while it runs.
 INLINE_STDIN_BYTES = MAX_PAYLOAD_BYTES
+#: How long input waits for its command to be started.
+START_PATIENCE_S = 60.0
 
 
 class SandboxPort(Protocol):
@@ -74,7 +76,8 @@ class AsyncCommandHandle:
     def __init__(self, port: SandboxPort, op_id: str) -> None:
         self._port = port
         self.op_id = op_id
-        self._sent_bytes = 0
+        self._sent_bytes: int | None = None
+        self._sending = asyncio.Lock()
 
     async def stream(self) -> AsyncGenerator[OutputChunk | ExecResult, None]:
         """All output from the first byte on as it comes, and the result as the last item."""
@@ -102,9 +105,13 @@ class AsyncCommandHandle:
 
         Raises:
             SandboxFileError: code ``stdin_closed``: the command does not read (any more).
+            InvalidRequestError: no such command runs, or has come to run within :data:`START_PATIENCE_S`.
         """
         raw = _as_bytes(data, "stdin")
-        self._sent_bytes = await _pump(self._port, self.op_id, raw, start=self._sent_bytes, eof=eof)
+        async with self._sending:
+            if self._sent_bytes is None:  # another handle, perhaps in another process, may have sent something before
+                self._sent_bytes = await _pump(self._port, self.op_id, b"", start=0, eof=False)
+            self._sent_bytes = await _pump(self._port, self.op_id, raw, start=self._sent_bytes, eof=eof)
 
     async def close_stdin(self) -> None:
         """End of input."""
@@ -198,9 +205,11 @@ class AsyncSandboxEnvironment:
         )
         op_id = check_id(op_id, "op id") if op_id is not None else new_op_id()
         source = self._port.run(op_id, [parsed])
-        pump = None if inline else asyncio.create_task(_pump_quietly(self._port, op_id, raw))
+        pump = None if inline else asyncio.create_task(_pump_all(self._port, op_id, raw))
         try:
             async for item in follow_one(source, op_id):
+                if isinstance(item, ExecResult) and pump is not None and pump.done():
+                    pump.result()  # what kept the input from the command is the truth, not what the command made of that
                 yield item
         finally:
             if pump is not None:
@@ -259,9 +268,16 @@ class AsyncSandboxEnvironment:
         raw = _as_bytes(data, "the file's content")
         await transfer.write_bytes(self._port.call, check_path(path), raw, mode=mode)
 
-    async def read_file(self, path: str) -> bytes:
-        """The content of a file. Raises SandboxFileError (``not_found``, ``is_a_directory``, ``changed`` while read, …)."""
-        return await transfer.read_bytes(self._port.call, check_path(path))
+    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """The content of a file of at most ``max_bytes`` (None: the configured ``read_limit_bytes``).
+
+        A sandbox can make a file of any size at no cost, so a larger one is refused before anything is read; download it instead.
+
+        Raises:
+            SandboxFileError: ``not_found``, ``is_a_directory``, ``too_large``, ``changed`` while read, …
+        """
+        limit = self._config.read_limit_bytes if max_bytes is None else max_bytes
+        return await transfer.read_bytes(self._port.call, check_path(path), limit_bytes=limit)
 
     async def read_text(self, path: str, encoding: str = "utf-8") -> str:
         """The content of a text file."""
@@ -278,11 +294,25 @@ class AsyncSandboxEnvironment:
         """
         await transfer.download(self._port.call, check_path(path), Path(destination), exclude)
 
-    async def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 10_000) -> list[FileInfo]:
-        """The entries of a directory, sorted by path."""
-        answer = await self._port.call("list_files", {"path": check_path(path), "recursive": recursive, "limit": limit})
-        files = answer.document.get("files")
-        return [_file(f) for f in (files if isinstance(files, list) else [None])]
+    async def list_files(self, path: str = ".", *, recursive: bool = False, limit: int = 100_000) -> list[FileInfo]:
+        """The entries of a directory, sorted by path.
+
+        Raises:
+            SandboxFileError: ``not_found``, …; ``too_many``: there are more than ``limit``. Nothing is left out silently.
+        """
+        found: list[FileInfo] = []
+        more = True
+        while more:
+            after = found[-1].path if found else ""
+            asked = {"path": check_path(path), "recursive": recursive, "limit": limit + 1 - len(found), "after": after}
+            document = (await self._port.call("list_files", asked)).document
+            files = document.get("files")
+            page = [_file(f) for f in (files if isinstance(files, list) else [None])]
+            found += page
+            if len(found) > limit:
+                raise SandboxFileError(f"{path!r} has more than {limit} entries: list parts of it, or give a higher limit", "too_many")
+            more = document.get("truncated") is True and bool(page)
+        return found
 
     async def stat(self, path: str) -> FileInfo:
         """One entry, links not followed. Raises SandboxFileError ``not_found``."""
@@ -385,7 +415,12 @@ def _behind(chunk: OutputChunk, offset: int) -> OutputChunk | None:
 
 
 async def _pump(port: SandboxPort, op_id: str, data: bytes, *, start: int, eof: bool) -> int:
-    """Send ``data`` as stdin from offset ``start`` on; returns the offset behind it. Waits while the command is not there yet."""
+    """Send ``data`` as stdin from offset ``start`` on; returns how many bytes the command was given in all.
+
+    The command may not be there yet (it is queued): that is waited for, within :data:`START_PATIENCE_S`.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_PATIENCE_S
     sent = 0
     while True:
         piece = data[sent : sent + MAX_BODY_BYTES // 4]
@@ -393,16 +428,23 @@ async def _pump(port: SandboxPort, op_id: str, data: bytes, *, start: int, eof: 
         try:
             answer = await port.call("stdin", {"op_id": f"{op_id}:0", "offset": start + sent, "eof": eof and last}, piece)
         except InvalidRequestError as error:
-            if error.code != "op_unknown":
+            if error.code != "op_unknown" or loop.time() > deadline:
                 raise
             await asyncio.sleep(0.02)
             continue
-        sent = transfer.whole_number(answer, "accepted_bytes") - start  # the runner counts from the first byte of all
+        accepted = transfer.whole_number(answer, "accepted_bytes")  # the runner counts from the first byte of all
+        sent = accepted - start
         if sent >= len(data):
-            return start + sent
+            return accepted
 
 
-async def _pump_quietly(port: SandboxPort, op_id: str, data: bytes) -> None:
-    """A command that does not read all its input, or ends before, is no error."""
-    with suppress(SandboxFileError, SandboxNotFoundError, SandboxLostError):
+async def _pump_all(port: SandboxPort, op_id: str, data: bytes) -> None:
+    """All of stdin and its end. A command that does not read it all, or ends before, is no error; any other trouble ends the command."""
+    try:
         await _pump(port, op_id, data, start=0, eof=True)
+    except (SandboxFileError, SandboxNotFoundError, SandboxLostError):
+        return
+    except ExecutorError:
+        with suppress(ExecutorError):
+            await port.cancel(op_id)
+        raise

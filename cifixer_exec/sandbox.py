@@ -183,6 +183,7 @@ class DirectPort:
         self._client = client
         self._session = session
         self._commands: dict[str, tuple[Command, ...]] = {}
+        self._ended = False
 
     @classmethod
     async def attached(cls, backend: Backend, sandbox_id: str, *, client: str) -> DirectPort:
@@ -199,6 +200,8 @@ class DirectPort:
         raise SandboxNotFoundError(f"no sandbox {sandbox_id!r} lives on backend {backend.name!r} here")
 
     async def create(self) -> None:
+        if self._ended:
+            raise SandboxNotFoundError(f"sandbox {self._spec.sandbox_id!r} was torn down: make a new one")
         making = asyncio.ensure_future(asyncio.to_thread(self._backend.create, self._spec))
         try:
             handle = await asyncio.shield(making)
@@ -213,7 +216,7 @@ class DirectPort:
             threading.Thread(target=self._backend.destroy, args=(making.result(),)).start()
 
     async def destroy(self) -> None:
-        session, self._session = self._session, None
+        session, self._session, self._ended = self._session, None, True
         if session is not None:
             session.close()
             await asyncio.to_thread(self._backend.destroy, session.handle)

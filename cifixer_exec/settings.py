@@ -59,6 +59,7 @@ class AppConfig:
     command_timeout_s: float = 1800.0
     output_limit_bytes: int = 16 * MIB
     spool_limit_bytes: int = 128 * MIB
+    read_limit_bytes: int = 256 * MIB
 
     worker_concurrency: int = 256
     worker_prefix: str = ""
@@ -177,6 +178,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_COMMAND_TIMEOUT_S": ("command_timeout_s", float),
     "CIFIXER_OUTPUT_LIMIT": ("output_limit_bytes", _size),
     "CIFIXER_SPOOL_LIMIT": ("spool_limit_bytes", _size),
+    "CIFIXER_READ_LIMIT": ("read_limit_bytes", _size),
     "CIFIXER_WORKER_CONCURRENCY": ("worker_concurrency", int),
     "CIFIXER_WORKER_PREFIX": ("worker_prefix", str),
     "CIFIXER_LEASE_S": ("lease_s", float),

@@ -14,19 +14,16 @@ import stat
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError
+from cifixer_exec.extraction import MAX_ARCHIVE_BYTES, unpack
 from cifixer_exec.model import MAX_BODY_BYTES
 
 Call = Callable[..., Awaitable[Answer]]
-
-#: A downloaded directory is written by the sandbox: these bound what it can do to the disk here.
-MAX_ARCHIVE_BYTES = 8 * 1024**3
-MAX_ARCHIVE_MEMBERS = 500_000
 
 
 def whole_number(answer: Answer, name: str) -> int:
@@ -68,21 +65,21 @@ async def write_stream(call: Call, path: str, source: IO[bytes], *, mode: int | 
         raise
 
 
-async def read_bytes(call: Call, path: str) -> bytes:
-    """The whole content of ``path``."""
+async def read_bytes(call: Call, path: str, *, limit_bytes: int) -> bytes:
+    """The whole content of ``path``, if it has no more than ``limit_bytes``."""
     out = io.BytesIO()
-    await read_stream(call, path, out)
+    await read_stream(call, path, out, limit_bytes=limit_bytes)
     return out.getvalue()
 
 
-async def read_stream(call: Call, path: str, out: IO[bytes], *, limit_bytes: int | None = None) -> int:
+async def read_stream(call: Call, path: str, out: IO[bytes], *, limit_bytes: int) -> int:
     """Write the content of ``path`` to ``out``; returns its permission bits. A file that changes meanwhile is an error."""
     offset, etag = 0, None
     while True:
         answer = await call("read", {"path": path, "offset": offset, "length": MAX_BODY_BYTES, "etag": etag})
         size, mode = whole_number(answer, "size"), whole_number(answer, "mode")
-        if limit_bytes is not None and size > limit_bytes:
-            raise SandboxFileError(f"{path!r} has {size} bytes, more than {limit_bytes}: download parts of it")
+        if size > limit_bytes:
+            raise SandboxFileError(f"{path!r} has {size} bytes, more than {limit_bytes}: allow more, or take parts of it", "too_large")
         if offset + len(answer.body) > size:
             raise SandboxFileError(f"{path!r} is longer than the {size} bytes it had: read it again", "changed")
         etag = answer.document.get("etag")
@@ -124,7 +121,7 @@ async def download(call: Call, path: str, destination: Path, exclude: Sequence[s
         with tempfile.TemporaryFile() as file:
             await read_stream(call, archive, file, limit_bytes=MAX_ARCHIVE_BYTES)
             file.seek(0)
-            await asyncio.to_thread(_unpack, file, destination)
+            await asyncio.to_thread(unpack, file, destination)
     finally:
         await call("remove", {"path": archive, "recursive": False, "missing_ok": True})
 
@@ -147,7 +144,7 @@ async def _download_file(call: Call, path: str, destination: Path) -> None:
     temporary = target.with_name(f".cifixer-{uuid.uuid4().hex}")  # a name of the longest kind has no room for more
     try:
         with temporary.open("wb") as file:
-            mode = await read_stream(call, path, file)
+            mode = await read_stream(call, path, file, limit_bytes=MAX_ARCHIVE_BYTES)
         temporary.chmod(mode & 0o777)
         temporary.rename(target)
     finally:
@@ -165,38 +162,3 @@ def _pack(source: Path, out: IO[bytes], exclude: Sequence[str]) -> None:
 
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         archive.add(source, arcname=".", filter=keep)
-
-
-def _unpack(file: IO[bytes], destination: Path) -> None:
-    """Extract an archive that a sandbox made. The ``data`` filter refuses what leaves ``destination`` (PEP 706)."""
-    destination.mkdir(parents=True, exist_ok=True)
-    total = 0
-    with _opened(file) as archive:
-        for count, member in enumerate(_members(archive)):
-            total += member.size
-            if count >= MAX_ARCHIVE_MEMBERS or total > MAX_ARCHIVE_BYTES:
-                raise SandboxFileError(
-                    f"the downloaded directory has over {MAX_ARCHIVE_MEMBERS} entries or {MAX_ARCHIVE_BYTES} bytes: download parts of it"
-                )
-            _extract(archive, member, destination)
-
-
-def _opened(file: IO[bytes]) -> tarfile.TarFile:
-    try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise SandboxFileError(f"the sandbox sent a broken archive: {error}") from None
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    try:
-        yield from archive
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise SandboxFileError(f"the sandbox sent a broken archive: {error}") from None
-
-
-def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, destination: Path) -> None:
-    try:
-        archive.extract(member, destination, filter="data")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise SandboxFileError(f"the sandbox sent {member.name!r}, which cannot be placed in {str(destination)!r}: {error}") from None

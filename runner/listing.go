@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strings"
 	"syscall"
 )
 
@@ -19,6 +20,7 @@ const (
 type listing struct {
 	root      *os.Root
 	recursive bool
+	after     string // only paths behind it: where the last answer was cut
 	limit     int
 	room      int
 	files     []json.RawMessage
@@ -31,6 +33,7 @@ func (s *server) listFiles(r *request) (any, error) {
 		Path      text `json:"path"`
 		Recursive bool `json:"recursive"`
 		Limit     *int `json:"limit"`
+		After     text `json:"after"`
 	}
 	if err := r.document.decode(&args); err != nil {
 		return nil, err
@@ -47,7 +50,7 @@ func (s *server) listFiles(r *request) (any, error) {
 		return nil, err
 	}
 	defer p.close()
-	l := &listing{root: p.root, recursive: args.Recursive, limit: limit, room: maxDocumentJSON - 1024, files: []json.RawMessage{}}
+	l := &listing{root: p.root, recursive: args.Recursive, after: string(args.After), limit: limit, room: maxDocumentJSON - 1024, files: []json.RawMessage{}}
 	if err := l.walk(p.name, p.path); err != nil {
 		return nil, fileFault(err, string(args.Path))
 	}
@@ -65,7 +68,7 @@ type step struct {
 }
 
 func (l *listing) walk(name, path string) error {
-	steps, err := l.steps(name)
+	steps, err := l.steps(name, path)
 	if err != nil {
 		return err
 	}
@@ -102,7 +105,7 @@ func (l *listing) add(name, path string) {
 
 // steps reads a directory in pieces and keeps only what can still be listed, so that a
 // directory with millions of names does not fill the memory.
-func (l *listing) steps(name string) ([]step, error) {
+func (l *listing) steps(name, path string) ([]step, error) {
 	dir, err := openDirectory(l.root, name)
 	if err != nil {
 		return nil, err
@@ -113,8 +116,11 @@ func (l *listing) steps(name string) ([]step, error) {
 	for {
 		entries, err := dir.ReadDir(listingStep)
 		for _, entry := range entries {
-			steps = append(steps, step{entry.Name(), false})
-			if l.recursive && entry.IsDir() {
+			whole := filepath.Join(path, entry.Name())
+			if whole > l.after {
+				steps = append(steps, step{entry.Name(), false})
+			}
+			if inside := whole + "/"; l.recursive && entry.IsDir() && (inside > l.after || strings.HasPrefix(l.after, inside)) {
 				steps = append(steps, step{entry.Name() + "/", true})
 			}
 		}

@@ -147,23 +147,30 @@ async def submit_and_follow(
     *,
     patience_s: float,
 ) -> AsyncIterator[OutputChunk | End]:
-    """Send the submit and the first blocking read in one write. If that fails, do both in the ordinary way: a submit may be repeated."""
+    """Send the submit and the first blocking read in one write. If that fails, do in the ordinary way what was not done: a submit
+    may be repeated. Once the submit was answered, a lost connection is a matter of ``patience_s``; before that it is told at once.
+    """
+    first: list[Entry] | None = None
     try:
         first = await _write_both(reader, command, check)
     except RedisError:
-        first = []
         await submit()
-    async for item in follow(reader, after="0", patience_s=patience_s, first=first):
+    async for item in follow(reader, after="0", patience_s=patience_s, first=first or ()):
         yield item
 
 
 async def _write_both(reader: Reader, command: Sequence[bytes | str | int], check: Callable[[list[Any]], object]) -> list[Entry]:
+    """The first entries, none if the connection was lost after the submit was answered. Raises RedisError before that."""
     pool: Any = reader.redis.connection_pool
     connection = await pool.get_connection()
     try:
         await connection.send_packed_command(connection.pack_commands([command, reader.command("0", _BLOCK_S)]))
         check(await connection.read_response())
-        return entries_from(await connection.read_response())
+        try:
+            return entries_from(await connection.read_response())
+        except (RedisConnectionError, RedisTimeoutError):
+            await connection.disconnect()
+            return []
     except BaseException:
         await connection.disconnect()  # a reply may still be under way, which nobody else must read
         raise

@@ -132,5 +132,5 @@ def test_a_kill_without_lack_of_memory_is_not_out_of_memory(stack: Stack, make: 
 def test_what_cannot_be_enforced_is_refused_by_name(stack: Stack, limit: str, value: str) -> None:
     if limit == "image" and stack.backend.capabilities.images:
         pytest.skip("this backend runs images")
-    with pytest.raises(InvalidRequestError, match=value):
-        stack.create(**{limit: value}).init()
+    with pytest.raises(InvalidRequestError, match=value), stack.create(**{limit: value}):
+        pass

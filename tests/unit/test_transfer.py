@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifixer_exec import transfer
+from cifixer_exec import extraction, transfer
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError
 from cifixer_exec.model import MAX_BODY_BYTES
@@ -94,7 +94,7 @@ def test_a_file_survives_there_and_back(size: int) -> None:
     files, data = Files(), os.urandom(size)
     run(transfer.write_bytes(files, "f", data))
     assert files.files["f"] == data
-    assert run(transfer.read_bytes(files, "f")) == data
+    assert run(transfer.read_bytes(files, "f", limit_bytes=1 << 62)) == data
 
 
 def test_a_failed_write_is_taken_back() -> None:
@@ -119,6 +119,8 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     ),
     "hard link out": (entry("l", tarfile.LNKTYPE, "../../evil"),),
     "absolute hard link": (entry("l", tarfile.LNKTYPE, "/etc/passwd"),),
+    "absolute name": ((entry("/tmp/cifixer-evil"), b"x"),),
+    "hard link to nothing": (entry("l", tarfile.LNKTYPE, "missing"),),
     "device": (entry("d", tarfile.CHRTYPE),),
     "block device": (entry("d", tarfile.BLKTYPE),),
     "fifo": (entry("d", tarfile.FIFOTYPE),),
@@ -127,15 +129,54 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("members", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_archive_cannot_leave_its_destination(tmp_path: Path, members: tuple[Any, ...]) -> None:
-    with pytest.raises(SandboxFileError, match="cannot be placed"):
+    with pytest.raises(SandboxFileError, match="cannot be unpacked"):
         download(archive(*members), tmp_path / "deep" / "here")
     assert [p for p in tmp_path.rglob("*") if "evil" in p.name] == []
 
 
-def test_an_absolute_name_lands_below_the_destination(tmp_path: Path) -> None:
-    download(archive((entry("/tmp/cifixer-evil"), b"x")), tmp_path)
-    assert (tmp_path / "tmp" / "cifixer-evil").exists()
-    assert not Path("/tmp/cifixer-evil").exists()
+def test_links_too_long_for_realpath_lead_nowhere(tmp_path: Path) -> None:
+    """CVE-2025-4517: the filter of tarfile gave up on what resolves to more than PATH_MAX, and wrote through it."""
+    members: list[Any] = []
+    path, long = "", "d" * 247
+    for step in "abcdefghijklmnop":
+        members += [entry(path + long, tarfile.DIRTYPE, mode=0o755), entry(path + step, tarfile.SYMTYPE, long)]
+        path += long + "/"
+    deep = "/".join("abcdefghijklmnop") + "/" + "l" * 254
+    members += [entry(deep, tarfile.SYMTYPE, "../" * 16), entry("escape", tarfile.SYMTYPE, deep + "/../../"), (entry("escape/evil"), b"x")]
+    with pytest.raises(SandboxFileError, match="cannot be unpacked"):
+        download(archive(*members), tmp_path / "a" / "b" / "here")
+    assert [p for p in (tmp_path / "a").glob("**/evil") if len(str(p)) < 300] == []
+    assert not (tmp_path / "evil").exists()
+
+
+def test_nothing_is_written_through_a_link_that_was_there_before(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "sub").symlink_to(tmp_path / "outside")
+    with pytest.raises(SandboxFileError, match="cannot be unpacked"):
+        download(archive((entry("sub/evil"), b"x")), tmp_path / "here")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_file_takes_the_place_of_a_link_and_not_of_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"old")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "f").symlink_to(tmp_path / "precious")
+    download(archive((entry("f"), b"new")), tmp_path / "here")
+    assert (tmp_path / "precious").read_bytes() == b"old"
+    assert (tmp_path / "here" / "f").read_bytes() == b"new"
+
+
+def test_links_within_the_directory_arrive(tmp_path: Path) -> None:
+    links = (
+        entry("bin/tool", tarfile.SYMTYPE, "../pkg/tool"),
+        entry("same", tarfile.SYMTYPE, "pkg"),
+        entry("copy", tarfile.LNKTYPE, "pkg/tool"),
+    )
+    download(archive((entry("pkg/tool", mode=0o755), b"x"), *links), tmp_path)
+    assert (tmp_path / "bin" / "tool").resolve() == (tmp_path / "pkg" / "tool").resolve()
+    assert (tmp_path / "same").is_symlink()
+    assert (tmp_path / "copy").read_bytes() == b"x"
 
 
 def test_set_id_bits_do_not_arrive(tmp_path: Path) -> None:
@@ -169,14 +210,14 @@ def test_a_damaged_header_is_an_archive_or_a_clear_error(tmp_path_factory: pytes
 
 
 def test_an_archive_of_too_many_entries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "MAX_ARCHIVE_MEMBERS", 5)
+    monkeypatch.setattr(extraction, "MAX_ARCHIVE_MEMBERS", 5)
     with pytest.raises(SandboxFileError, match="5 entries"):
         download(archive(*(entry(f"f{n}") for n in range(6))), tmp_path)
 
 
 def test_an_archive_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "MAX_ARCHIVE_BYTES", 5000)
-    with pytest.raises(SandboxFileError, match="download parts"):
+    with pytest.raises(SandboxFileError, match="take parts"):
         download(archive((entry("f"), bytes(8000))), tmp_path)
 
 
@@ -200,19 +241,19 @@ def test_an_impossible_answer_to_a_read_is_a_clear_error(member: str, value: Any
     if value is ...:
         del document[member]
     with pytest.raises(BackendError, match=member):
-        run(transfer.read_bytes(answering(Answer(document, b"12345")), "f"))
+        run(transfer.read_bytes(answering(Answer(document, b"12345")), "f", limit_bytes=1 << 62))
 
 
 def test_a_file_that_ends_early_is_an_error() -> None:
     call = answering(Answer({"size": 10, "etag": "e", "mode": 0}, b"12345"), Answer({"size": 10, "etag": "e", "mode": 0}, b""))
     with pytest.raises(SandboxFileError) as caught:
-        run(transfer.read_bytes(call, "f"))
+        run(transfer.read_bytes(call, "f", limit_bytes=1 << 62))
     assert caught.value.code == "changed"
 
 
 def test_more_bytes_than_the_file_has_are_an_error() -> None:
     with pytest.raises(SandboxFileError) as caught:
-        run(transfer.read_bytes(answering(Answer({"size": 3, "etag": "e", "mode": 0}, b"12345")), "f"))
+        run(transfer.read_bytes(answering(Answer({"size": 3, "etag": "e", "mode": 0}, b"12345")), "f", limit_bytes=1 << 62))
     assert caught.value.code == "changed"
 
 
