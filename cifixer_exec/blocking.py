@@ -175,7 +175,11 @@ class SandboxEnvironment:
         self._portal.call(self._environment.extend(lifetime_s))
 
     def __enter__(self) -> Self:
-        self.init()
+        try:
+            self.init()
+        except BaseException:
+            self.close()  # __exit__ is not called for a block that was never entered
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

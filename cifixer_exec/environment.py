@@ -35,8 +35,6 @@ from cifixer_exec.settings import AppConfig
 
 #: Stdin up to this size travels with the command; more is sent beside it while it runs.
 INLINE_STDIN_BYTES = MAX_PAYLOAD_BYTES
-#: How long input waits for its command to be started.
-START_PATIENCE_S = 60.0
 
 
 class SandboxPort(Protocol):
@@ -59,6 +57,9 @@ class SandboxPort(Protocol):
 
     async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         """One request with one answer."""
+
+    async def pending(self, op_id: str) -> bool:
+        """Whether an op that the runner does not know may still come to run."""
 
     async def cancel(self, op_id: str) -> None:
         """A queued op never starts; of a running one the process tree is dead on return."""
@@ -98,14 +99,14 @@ class AsyncCommandHandle:
     async def read_output(self, stream: Stream | str, offset: int, length: int = MAX_BODY_BYTES) -> bytes:
         """Up to ``length`` bytes (at most 1 MiB) of what the sandbox keeps of a stream, also beyond the output limit."""
         arguments = {"op_id": f"{self.op_id}:0", "stream": Stream(stream).value, "offset": offset, "length": length}
-        return (await self._port.call("read_output", arguments)).body
+        return (await _when_there(self._port, self.op_id, "read_output", arguments)).body
 
     async def send_stdin(self, data: bytes | str, *, eof: bool = False) -> None:
         """Give the command more input; returns when all of it was taken over.
 
         Raises:
             SandboxFileError: code ``stdin_closed``: the command does not read (any more).
-            InvalidRequestError: no such command runs, or has come to run within :data:`START_PATIENCE_S`.
+            InvalidRequestError: no such command runs, and none is waiting to.
         """
         raw = _as_bytes(data, "stdin")
         async with self._sending:
@@ -119,7 +120,7 @@ class AsyncCommandHandle:
 
     async def signal(self, name: str) -> None:
         """Send a signal (``INT``, ``HUP``, …) to every process of the command."""
-        await self._port.call("signal", {"op_id": f"{self.op_id}:0", "signal": name.upper().removeprefix("SIG")})
+        await _when_there(self._port, self.op_id, "signal", {"op_id": f"{self.op_id}:0", "signal": name.upper().removeprefix("SIG")})
 
     async def kill(self) -> None:
         """End the command with its whole process tree; all dead on return. One that has ended is left as it is."""
@@ -415,27 +416,32 @@ def _behind(chunk: OutputChunk, offset: int) -> OutputChunk | None:
 
 
 async def _pump(port: SandboxPort, op_id: str, data: bytes, *, start: int, eof: bool) -> int:
-    """Send ``data`` as stdin from offset ``start`` on; returns how many bytes the command was given in all.
-
-    The command may not be there yet (it is queued): that is waited for, within :data:`START_PATIENCE_S`.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + START_PATIENCE_S
+    """Send ``data`` as stdin from offset ``start`` on; returns how many bytes the command was given in all."""
     sent = 0
     while True:
         piece = data[sent : sent + MAX_BODY_BYTES // 4]
         last = sent + len(piece) == len(data)
-        try:
-            answer = await port.call("stdin", {"op_id": f"{op_id}:0", "offset": start + sent, "eof": eof and last}, piece)
-        except InvalidRequestError as error:
-            if error.code != "op_unknown" or loop.time() > deadline:
-                raise
-            await asyncio.sleep(0.02)
-            continue
+        arguments = {"op_id": f"{op_id}:0", "offset": start + sent, "eof": eof and last}
+        answer = await _when_there(port, op_id, "stdin", arguments, piece)
         accepted = transfer.whole_number(answer, "accepted_bytes")  # the runner counts from the first byte of all
         sent = accepted - start
         if sent >= len(data):
             return accepted
+
+
+async def _when_there(port: SandboxPort, op_id: str, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+    """A request about a command, repeated while that is still on its way to the runner.
+
+    Raises:
+        InvalidRequestError: there is no such command, and none will come.
+    """
+    while True:
+        try:
+            return await port.call(verb, arguments, body)
+        except InvalidRequestError as error:
+            if error.code != "op_unknown" or not await port.pending(op_id):
+                raise
+        await asyncio.sleep(0.02)
 
 
 async def _pump_all(port: SandboxPort, op_id: str, data: bytes) -> None:

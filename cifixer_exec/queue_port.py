@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import ExecutorError, QueueUnavailableError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.errors import ExecutorError, InvalidRequestError, QueueUnavailableError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import Command, Ended, ExecRecord, OutputChunk, SandboxSpec, Status
 from cifixer_exec.operations import commands_payload, new_op_id, run_time_s
 from cifixer_exec.queues import pool_queue
@@ -70,8 +70,18 @@ class QueuePort:
             yield item
 
     async def follow(self, op_id: str) -> AsyncGenerator[OutputChunk | Ended, None]:
+        record = await self._journal.op(op_id)
+        if record is None or record.sandbox_id != self._sandbox_id:
+            raise InvalidRequestError(
+                f"op {op_id!r} is not known for this sandbox: it was never submitted, or its result was kept long enough", "op_unknown"
+            )
         async for item in self._until_end(op_id, self._journal.follow(op_id, patience_s=self._config.redis_patience_s)):
             yield item
+
+    async def pending(self, op_id: str) -> bool:
+        """Queued, or taken by a worker that may be just about to start it."""
+        record = await self._journal.op(op_id)
+        return record is not None and not record.final
 
     async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         end = await self._ask(self._op(verb, arguments, body))

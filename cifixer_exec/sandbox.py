@@ -142,6 +142,10 @@ class SandboxSession:
                     raise
                 return
 
+    def is_running(self, op_id: str) -> bool:
+        """Whether :meth:`run` goes on for this op."""
+        return op_id in self._running
+
     async def extend(self, lifetime_s: float) -> None:
         """Let both deadlines, the runner's and the platform's, be ``lifetime_s`` from now."""
         await self.channel.request("extend", {"expires_in_s": lifetime_s})
@@ -242,6 +246,10 @@ class DirectPort:
 
     async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         return await self._live().call(verb, arguments, body)
+
+    async def pending(self, op_id: str) -> bool:
+        """While somebody here runs it: its command may be just about to start."""
+        return self._live().is_running(op_id)
 
     async def cancel(self, op_id: str) -> None:
         commands = self._commands.get(op_id)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -334,6 +335,9 @@ func (c *command) judge() {
 	switch {
 	case c.stopAs != "":
 		r.Status = pointer(c.stopAs)
+		if r.Cause == nil {
+			r.Cause = pointer(c.whyStopped())
+		}
 	case dead && r.OOMKills > 0:
 		r.Status = pointer(statusOutOfMemory)
 		r.Cause = pointer("the kernel killed a process of the command because the sandbox's memory limit was reached")
@@ -341,6 +345,14 @@ func (c *command) judge() {
 	if *r.Status != statusExited {
 		r.ExitCode = nil
 	}
+}
+
+// whyStopped says for a person how a kill ended the command; c.mu is held.
+func (c *command) whyStopped() string {
+	if c.stopAs == statusTimedOut {
+		return fmt.Sprintf("its time-out had passed after %.1f s; its whole process tree was ended", c.leaderAt.Sub(c.begunAt).Seconds())
+	}
+	return "it was killed on request, with its whole process tree"
 }
 
 func (c *command) save() {

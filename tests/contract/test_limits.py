@@ -9,7 +9,7 @@ from cifixer_exec.model import MIB
 from tests.contract.conftest import Make
 from tests.support.contract_stack import Stack
 
-BOMB = "f() { f | f & }; f; sleep 600"
+BOMB = "f() { f | f & }; f; exec sleep 600"  # exec: the bomb leaves the leader no process to fork
 
 
 def need(stack: Stack, capability: str) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cifixer_exec import SandboxEnvironment, SandboxFileError, SandboxNotFoundError, attach, environment
+from cifixer_exec import SandboxEnvironment, SandboxFileError, SandboxNotFoundError, attach
 from cifixer_exec.errors import InvalidRequestError
 from tests.contract.conftest import Make
 from tests.support.contract_stack import Stack
@@ -33,8 +33,7 @@ def test_stdin_of_many_threads_arrives_whole(sandbox: SandboxEnvironment) -> Non
     assert all(output.count(bytes([65 + n])) == 1000 for n in range(8))
 
 
-def test_input_for_a_command_that_is_not_there_is_an_error(sandbox: SandboxEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "START_PATIENCE_S", 0.5)
+def test_input_for_a_command_that_is_not_there_is_an_error(sandbox: SandboxEnvironment) -> None:
     with pytest.raises(InvalidRequestError, match="no-such-op"):
         sandbox.command("no-such-op").send_stdin("x")
 
