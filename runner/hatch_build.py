@@ -15,7 +15,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ARCHITECTURES = ("amd64", "arm64")
 
 
-class RunnerHook(BuildHookInterface):  # type: ignore[misc]
+class RunnerHook(BuildHookInterface[Any]):
     """Runs for wheels and editable installs; an sdist carries the sources."""
 
     PLUGIN_NAME = "custom"

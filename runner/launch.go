@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,6 +17,8 @@ type launchOptions struct {
 	socket, log       string
 	cgroups           stringList
 	mapUser, mapGroup string
+	disk              string
+	seccomp           bool
 	users, groups     []syscall.SysProcIDMap
 	argv              []string
 }
@@ -45,12 +48,19 @@ func parseLaunch(args []string) (*launchOptions, error) {
 	flags.Var(&o.cgroups, "cgroup", "")
 	flags.StringVar(&o.mapUser, "map-user", "", "")
 	flags.StringVar(&o.mapGroup, "map-group", "", "")
+	flags.StringVar(&o.disk, "disk", "", "")
+	flags.BoolVar(&o.seccomp, "seccomp", false, "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
 	o.argv = flags.Args()
 	if o.socket == "" || o.log == "" || len(o.argv) == 0 || (o.mapUser == "") != (o.mapGroup == "") {
 		return nil, fmt.Errorf("needs --socket PATH, --log PATH, both or none of --map-user and --map-group, and -- ARGV")
+	}
+	if o.disk != "" {
+		if _, _, err := parseDisk(o.disk); err != nil {
+			return nil, err
+		}
 	}
 	if o.mapUser == "" {
 		return o, nil
@@ -103,8 +113,16 @@ func (o *launchOptions) launch() (int, error) {
 	if err := os.Chdir(back); err != nil {
 		return 0, err
 	}
+	files := []uintptr{uintptr(input), uintptr(output), uintptr(output), uintptr(listener)}
+	if o.seccomp {
+		filter, err := openSeccomp()
+		if err != nil {
+			return 0, err
+		}
+		files = append(files, uintptr(filter)) // becomes descriptor 4; bubblewrap reads and closes it
+	}
 	closeOnExec()
-	pid, err := o.fork(uintptr(input), uintptr(output), uintptr(listener))
+	pid, err := o.fork(files)
 	if err != nil {
 		_ = os.Remove(o.socket)
 	}
@@ -153,36 +171,55 @@ func closeOnExec() {
 	}
 }
 
-func (o *launchOptions) fork(input, output, listener uintptr) (int, error) {
-	attributes := &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{input, output, output, listener},
-		Sys: &syscall.SysProcAttr{Setsid: true}}
+func (o *launchOptions) fork(files []uintptr) (int, error) {
+	attributes := &syscall.ProcAttr{Env: os.Environ(), Files: files, Sys: &syscall.SysProcAttr{Setsid: true}}
 	argv := o.argv
 	path, code := findExecutable(argv[0], attributes.Env)
 	if code != 0 {
 		return 0, fmt.Errorf("%s", notRunnable(argv[0], code))
 	}
-	if o.users != nil {
-		attributes.Sys.Cloneflags = syscall.CLONE_NEWUSER
-		attributes.Sys.UidMappings, attributes.Sys.GidMappings = o.users, o.groups
-		attributes.Sys.GidMappingsEnableSetgroups = true
-		attributes.Sys.Credential = &syscall.Credential{Uid: 0, Gid: 0}
-		path, argv = selfExecutable, append([]string{"runner", "confine", "--", path}, argv[1:]...)
+	if o.users != nil || o.disk != "" {
+		path, argv = selfExecutable, append(append(o.confine(attributes.Sys), "--", path), argv[1:]...)
+	}
+	// A session keyring belongs to the thread that joins it, and to what that thread starts.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := leaveSessionKeyring(); err != nil {
+		return 0, err
 	}
 	return syscall.ForkExec(path, argv, attributes)
 }
 
-// confineMain runs inside the new user namespace: nobody in the sandbox may make another one,
-// because a nested namespace gives capabilities that open much of the kernel to attack.
-func confineMain(args []string) int {
-	if len(args) > 0 && args[0] == "--" {
-		args = args[1:]
+// confine sets the namespaces in which `runner confine` starts, and gives its command line up to and without the "--".
+func (o *launchOptions) confine(sys *syscall.SysProcAttr) []string {
+	argv := []string{"runner", "confine"}
+	sys.Cloneflags = syscall.CLONE_NEWUSER
+	if o.users != nil {
+		sys.UidMappings, sys.GidMappings = o.users, o.groups
+		sys.GidMappingsEnableSetgroups = true
+		sys.Credential = &syscall.Credential{Uid: 0, Gid: 0}
+		argv = append(argv, "--no-user-namespaces")
+	} else { // one's own user is the only one that an ordinary user can map; bubblewrap makes its namespace below this one
+		sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
+		sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
+		setDumpable(true) // else /proc/PID/uid_map of the child, which shares this memory until it execs, is root's alone; proc(5)
 	}
-	if len(args) == 0 {
-		return complain("confine: needs -- ARGV")
+	if o.disk != "" {
+		sys.Cloneflags |= syscall.CLONE_NEWNS
+		argv = append(argv, "--disk", o.disk)
 	}
-	if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0o644); err != nil {
-		return complain("confine: forbid nested user namespaces: %s", err)
+	return argv
+}
+
+// leaveSessionKeyring joins a new, empty session keyring, so that the sandbox does not possess the keys of its worker's session
+// (Kerberos tickets, fscrypt keys, …). keyctl(2), session-keyring(7). Where there are no keyrings, or a filter forbids them, or the
+// user has no room for one more, the sandbox's own filter still forbids it to use any.
+func leaveSessionKeyring() error {
+	const joinSessionKeyring = 1
+	_, _, errno := syscall.RawSyscall(syscall.SYS_KEYCTL, joinSessionKeyring, 0, 0)
+	switch errno {
+	case 0, syscall.ENOSYS, syscall.EPERM, syscall.EDQUOT:
+		return nil
 	}
-	err := syscall.Exec(args[0], args, os.Environ())
-	return complain("confine: %s: %s", args[0], err)
+	return fmt.Errorf("join a new session keyring: %w", errno)
 }
