@@ -28,13 +28,20 @@ from cifixer_exec.queues import placement_queue, pool_queue
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import End, NewOp, NewSandbox
-from cifixer_exec.wiring import make_journal, make_reaper, make_spec, worker_config, worker_queues
-from cifixer_exec.worker.runtime import DETACHED, PASSED_ON
+from cifixer_exec.wiring import make_journal, make_reaper, make_runtime, make_spec, worker_config, worker_queues
+from cifixer_exec.worker.runtime import DETACHED, PASSED_ON, WorkerRuntime
 from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
 
 app = Celery("cifixer_exec", set_as_current=False)
 app.config_from_object("cifixer_exec.celeryconfig")
-app.steps["worker"].add(RuntimeStep)
+
+
+class _RuntimeStep(RuntimeStep):
+    def make_runtime(self, wid: str) -> WorkerRuntime:
+        return make_runtime(worker_config(), wid=wid)
+
+
+app.steps["worker"].add(_RuntimeStep)
 
 
 @signals.celeryd_init.connect

@@ -43,7 +43,10 @@ def select_queues(worker: Any, names: list[str]) -> None:
 
 
 class RuntimeStep(bootsteps.StartStopStep):
-    """Takes the lease before anything is consumed and drains after the consumer has stopped: Celery stops in reverse order."""
+    """Takes the lease before anything is consumed and drains after the consumer has stopped: Celery stops in reverse order.
+
+    :meth:`make_runtime` is the subclass's: only the wiring builds objects.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
@@ -53,11 +56,13 @@ class RuntimeStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
-        from cifixer_exec.wiring import make_runtime, worker_config
-
-        _runtime = make_runtime(worker_config(), wid=parent.hostname)
+        _runtime = self.make_runtime(parent.hostname)
         _runtime.start()
         log.info("worker %s holds its lease", parent.hostname)
+
+    def make_runtime(self, wid: str) -> WorkerRuntime:
+        """The runtime of a worker with this id."""
+        raise NotImplementedError
 
     def stop(self, _parent: Any) -> None:
         if _runtime is not None and not self._stopped:
