@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +31,8 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def config(server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
-    made = AppConfig(redis_url=server.url, namespace=namespace, state_dir=tmp_path / "state", lease_s=LEASE_S, drain_s=1.0)
+    state = tmp_path / "state"
+    made = AppConfig(redis_url=server.url, namespace=namespace, state_dir=state, lease_s=LEASE_S, drain_s=1.0, worker_concurrency=8)
     check_present("local", made)
     return made
 
@@ -147,3 +151,42 @@ def test_a_worker_that_is_told_to_end_hands_over_what_runs(config: AppConfig, st
         owner = owner_of(config, pair)
         assert owner.stop() == 0, owner.log()
         check_once(sandbox, future.result(timeout=40))
+
+
+def test_a_worker_that_is_full_with_commands_still_feeds_and_ends_them(config: AppConfig, start: Callable[[], WorkerProcess]) -> None:
+    start()
+    with create_sandbox(config) as sandbox:
+        first = [sandbox.start_command("read line; echo got $line", stdin_open=True) for _ in range(6)]
+        killed = sandbox.start_command("sleep 600")
+        for handle in first:  # each waits for its command to be there
+            handle.send_stdin("")
+        waiting = [sandbox.start_command(f"echo {n}") for n in range(4)]  # more than the worker takes at once
+        sandbox.write_file("while", "full")
+        for handle in first:
+            handle.send_stdin("it\n")
+        assert [handle.wait().text for handle in first] == ["got it\n"] * 6
+        killed.kill()
+        assert killed.wait().status == "killed"
+        assert [handle.wait().text for handle in waiting] == [f"{n}\n" for n in range(4)]
+
+
+RAW = """
+import json, sys
+from cifixer_exec.tasks import run_command
+print(json.dumps(run_command.delay(sys.argv[1], sys.argv[2], timeout_s=60).get(timeout=50)))
+"""
+
+
+def test_the_result_of_a_raw_task_outlives_the_end_of_its_worker(config: AppConfig, start: Callable[[], WorkerProcess]) -> None:
+    first = start()
+    with create_sandbox(config) as sandbox:
+        environ = {**{k: v for k, v in os.environ.items() if not k.startswith("CIFIXER_")}, **config.to_env()}
+        client = subprocess.Popen([sys.executable, "-c", RAW, sandbox.sandbox_id, COUNT], env=environ, stdout=subprocess.PIPE)
+        while not sandbox.exists("ran"):
+            time.sleep(0.05)
+        start()
+        assert first.stop() == 0, first.log()
+        answer, _ = client.communicate(timeout=60)
+        result = json.loads(answer)
+        assert (result["status"], result["exit_code"], result["stdout"]) == ("exited", 7, EXPECTED.decode())
+        assert sandbox.read_file("ran") == b"started\n"
