@@ -34,12 +34,19 @@ def boot_name(node_name: str) -> str:
 
 
 def select_queues(worker: Any, names: list[str]) -> None:
-    """Consume exactly ``names`` (and the direct queue, which Celery adds itself when ``worker_direct`` is set)."""
+    """Consume exactly ``names`` (and the direct queue, which Celery adds itself when ``worker_direct`` is set).
+
+    The direct queue is read without acknowledgements: those are two round trips per doorbell on the thread that reads the
+    queues, for messages that the janitor rings again when they are lost. (The shared queues keep them, for the prefetch limit.)
+    """
+    queues = worker.app.amqp.queues
     exchange = Exchange("sbx", type="direct")
-    direct = [q for q in worker.app.amqp.queues.consume_from if q.endswith(".dq2")]
+    direct = [name for name in queues.consume_from if name.endswith(".dq2")]
     for name in names:
-        worker.app.amqp.queues.add(Queue(name, exchange, routing_key=name))
-    worker.app.amqp.queues.select([*names, *direct])
+        queues.add(Queue(name, exchange, routing_key=name))
+    queues.select([*names, *direct])
+    for name in direct:
+        queues[name].no_ack = True
 
 
 class RuntimeStep(bootsteps.StartStopStep):
