@@ -27,6 +27,32 @@ libc = ctypes.CDLL(None, use_errno=True)
 sys.exit(0 if libc.ptrace(16, 1, 0, 0) == 0 else 1)
 """
 
+#: ``call`` prints the name of the error that the system call of that number gives (x86-64, aarch64).
+CALLS = """
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(numbers, *arguments):
+    number = numbers[os.uname().machine == "aarch64"]
+    print("done" if libc.syscall(number, *(ctypes.c_ulong(a) for a in arguments)) != -1 else errno.errorcode[ctypes.get_errno()])
+"""
+REFUSED_CALLS = {
+    "the session's keys": ("call((250, 219), 11, 2**64 - 3, 0, 0)", "EPERM"),
+    "a new keyring": ("call((250, 219), 1, 0)", "EPERM"),
+    "io_uring": ("call((425, 425), 1, 0)", "EPERM"),
+    "bpf": ("call((321, 280), 0, 0, 0)", "EPERM"),
+    "perf": ("call((298, 241), 0, 0, 0, 0, 0)", "EPERM"),
+    "userfaultfd": ("call((323, 282), 1)", "EPERM"),
+    "a mount tree": ("call((428, 428), 2**64 - 100, 0, 1)", "EPERM"),
+    "another namespace": ("call((308, 268), os.open('/proc/self/ns/uts', os.O_RDONLY), 0)", "EPERM"),
+    "a new user namespace": ("call((272, 97), 0x10000000)", "EPERM"),
+    "a child in a new namespace": ("call((56, 220), 0x10000011, 0, 0, 0, 0)", "EPERM"),
+    "flags that cannot be seen": ("call((435, 435), 0, 0)", "ENOSYS"),
+    "a file by its handle": ("call((304, 265), 2**64 - 100, 0, 0)", "EPERM"),
+    "the hypervisor": ("call((41, 198), 40, 1, 0)", "EPERM"),
+    "the kernel's ciphers": ("call((41, 198), 38, 5, 0)", "EPERM"),
+    "the kernel's log": ("call((103, 116), 10, 0, 0)", "EPERM"),
+}
+
 
 @pytest.fixture
 def host_port() -> Iterator[int]:
@@ -92,6 +118,59 @@ def test_nested_user_namespaces_cannot_be_made(sandbox: SandboxEnvironment) -> N
     need_program(sandbox, "unshare")
     assert not sandbox.run_command(["unshare", "-U", "true"]).ok
     assert not sandbox.run_command(["unshare", "-Ur", "true"]).ok
+
+
+def test_every_process_is_under_a_filter_of_system_calls(sandbox: SandboxEnvironment, stack: Stack) -> None:
+    if stack.backend.name != "local":
+        pytest.skip("the container engine's own filter is its user's choice")
+    assert set(sandbox.run_command("cat /proc/[0-9]*/status | grep ^Seccomp:").text.split()) == {"Seccomp:", "2"}
+
+
+@pytest.mark.parametrize("what", REFUSED_CALLS)
+def test_a_dangerous_system_call_is_refused(sandbox: SandboxEnvironment, stack: Stack, what: str) -> None:
+    if stack.backend.name != "local":
+        pytest.skip("the container engine's own filter is its user's choice")
+    need_program(sandbox, "python3")
+    line, wanted = REFUSED_CALLS[what]
+    result = sandbox.run_command(["python3", "-c", CALLS + line])
+    assert (result.text, result.stderr_text) == (wanted + "\n", "")
+
+
+#: By the program that is needed; each is what such programs do that a filter could break.
+ORDINARY = {
+    "python3": "import multiprocessing as m, threading, asyncio, tempfile, socket\n"
+    "if __name__ == '__main__':\n"
+    "    print(sum(m.get_context('fork').Pool(3).map(abs, range(-9, 1))))\n"
+    "    t = threading.Thread(target=print); t.start(); t.join()\n"
+    "    socket.socketpair(); socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)\n"
+    "    asyncio.run(asyncio.create_subprocess_exec('true'))\n",
+    "git": "git init -q r && cd r && echo x > f && git add f && git -c user.name=a -c user.email=a@b commit -qm m"
+    " && git gc -q && git log --oneline",
+    "gcc": "printf '#include <pthread.h>\nvoid *f(void *p) { return p; }\n"
+    "int main() { pthread_t t; return pthread_create(&t, 0, f, 0); }' > p.c"
+    " && gcc -pthread p.c -o p && ./p",
+    "make": "printf 'all: a b\\na b:\\n\\ttrue $@\\n' > Makefile && make -j2",
+    "node": "node -e \"const {Worker} = require('worker_threads'), fs = require('fs');"
+    " fs.promises.writeFile('n', 'x').then(() => new Worker('require(\\'child_process\\').execSync(\\'true\\')', {eval: true}))\"",
+    "npm": "npm --version && mkdir pkg && cd pkg && npm init -y",
+    "java": "java -version",
+    "go": "printf 'package main\\nfunc main() {}\\n' > main.go && go run main.go",
+    "setsid": "setsid -w nice ionice -c3 taskset -c 0 true; setsid -w timeout 5 true",
+}
+
+
+@pytest.mark.parametrize("program", ORDINARY)
+def test_ordinary_work_is_not_hindered(fresh: SandboxEnvironment, program: str) -> None:
+    need_program(fresh, program)
+    line = ORDINARY[program]
+    fresh.write_file("work.py", line)
+    result = fresh.run_command("python3 work.py" if program == "python3" else line, timeout_s=60)
+    assert (result.exit_code, result.signal) == (0, None), result.stderr_text
+
+
+def test_no_private_key_of_the_host_is_shown(sandbox: SandboxEnvironment) -> None:
+    line = "for d in /etc/ssl/private /etc/pki/tls/private; do ls -A $d 2>/dev/null; test -w $d && echo $d; done; true"
+    assert sandbox.run_command(line).text == ""
 
 
 def test_nothing_can_be_mounted(sandbox: SandboxEnvironment) -> None:

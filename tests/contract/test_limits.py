@@ -56,6 +56,18 @@ def test_commands_run_and_tell_all_on_a_full_disk(small_disk: SandboxEnvironment
     small_disk.write_file("fits", bytes(MIB))
 
 
+def test_the_disk_is_one_for_workspace_home_and_tmp(small_disk: SandboxEnvironment) -> None:
+    fill = 'for d in . /tmp "$HOME"; do head -c 33554432 /dev/zero > $d/big; stat -c %s $d/big; done'
+    assert sum(map(int, small_disk.run_command(fill).text.split())) <= 16 * MIB
+    assert small_disk.run_command("rm big; head -c 1048576 /dev/zero > /tmp/other").ok
+
+
+def test_empty_files_cannot_be_made_without_end(small_disk: SandboxEnvironment) -> None:
+    result = small_disk.run_command("seq 60000 | xargs touch", timeout_s=60)
+    assert "No space left" in result.stderr_text
+    assert small_disk.run_command("find . -delete; echo x > /tmp/fits").ok
+
+
 def test_output_of_many_commands_cannot_fill_the_spool_for_good(fresh: SandboxEnvironment) -> None:
     sizes = [fresh.run_command(["head", "-c", str(100 * MIB), "/dev/zero"], output_limit_bytes=1000).stdout_bytes for _ in range(12)]
     assert sizes == [100 * MIB] * 12

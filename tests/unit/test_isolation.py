@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 
-from cifixer_exec.backends.local.isolation import Identity, base_environment, bwrap_arguments, identity_for, launch_arguments
+from cifixer_exec.backends.local.isolation import (
+    Identity,
+    Memory,
+    base_environment,
+    bwrap_arguments,
+    identity_for,
+    launch_arguments,
+    memory_for,
+)
+from cifixer_exec.errors import CapacityError
 from cifixer_exec.model import MIB, SandboxSpec
 
 ROOT = Identity(host_uid=1_900_000_007)
+MEMORY = Memory(disk_bytes=16 * MIB, spool_bytes=8 * MIB, shm_bytes=4 * MIB)
 USER = Identity(host_uid=None)
 WHOLE = "         0          0 4294967295\n"
 CONTAINER = "         0     100000      65536\n"
@@ -19,7 +29,7 @@ TINY = "         0       1000          1\n"
 
 def arguments(tmp_path: Path, identity: Identity = ROOT, memory_group: Path | None = None, **members: Any) -> list[str]:
     spec = SandboxSpec(**{"backend": "local", "sandbox_id": "s", **members})
-    return bwrap_arguments(Path("/bwrap"), Path("/runner"), tmp_path, spec, identity, memory_group)
+    return bwrap_arguments(Path("/bwrap"), Path("/runner"), tmp_path, spec, identity, MEMORY, memory_group)
 
 
 def pairs(argv: list[str], option: str, count: int = 1) -> list[tuple[str, ...]]:
@@ -33,7 +43,7 @@ def test_an_ordinary_user_maps_nobody(uid_map: str) -> None:
 
 
 def test_root_gives_each_sandbox_a_uid_far_from_everyone() -> None:
-    assert 1_900_000_000 <= (identity_for("s", euid=0, uid_map=WHOLE).host_uid or 0) < 1_900_065_536
+    assert 0x7000_0000 <= (identity_for("s", euid=0, uid_map=WHOLE).host_uid or 0) < 0x7F00_0000
 
 
 def test_root_in_a_container_stays_within_its_uids() -> None:
@@ -51,10 +61,23 @@ def test_a_map_of_several_lines_counts_to_its_end() -> None:
     assert 1000 < host_uid < 65_537
 
 
-def test_the_same_sandbox_has_the_same_uid_and_others_mostly_not() -> None:
-    found = {identity_for(f"s{n}", euid=0, uid_map=WHOLE).host_uid for n in range(200)}
-    assert len(found) > 190
-    assert identity_for("s1", euid=0, uid_map=WHOLE) == identity_for("s1", euid=0, uid_map=WHOLE)
+@pytest.mark.parametrize("uid_map", [WHOLE, CONTAINER, "0 100000 200000\n"])
+def test_no_uid_is_given_twice(uid_map: str) -> None:
+    taken: set[int] = set()
+    for n in range(1000):
+        uid = identity_for(f"s{n}", euid=0, uid_map=uid_map, taken=taken).host_uid
+        assert uid is not None
+        assert uid not in taken
+        taken.add(uid)
+
+
+def test_sandboxes_of_other_stacks_have_most_probably_other_uids() -> None:
+    assert len({identity_for(f"s{n}", euid=0, uid_map=WHOLE).host_uid for n in range(2000)}) >= 1999
+
+
+def test_without_a_free_uid_there_is_no_capacity() -> None:
+    with pytest.raises(CapacityError, match="5000 user ids"):
+        identity_for("s", euid=0, uid_map=CONTAINER, taken=range(1 << 20))
 
 
 @pytest.mark.parametrize("identity", [ROOT, USER])
@@ -86,8 +109,19 @@ def test_no_secret_is_in_the_command_line(tmp_path: Path) -> None:
 
 def test_nothing_of_the_host_is_writable(tmp_path: Path) -> None:
     argv = arguments(tmp_path, readonly_paths=(str(tmp_path),))
-    assert not {"--bind", "--dev-bind", "--bind-try", "--dev-bind-try"} & set(argv)
+    assert not {"--dev-bind", "--bind-try", "--dev-bind-try"} & set(argv)
+    disk = tmp_path / "disk"  # on the host an empty directory: `runner launch` mounts memory there, for the sandbox alone
+    assert pairs(argv, "--bind", 2) == [
+        (str(disk / "workspace"), "/workspace"),
+        (str(disk / "home"), "/home/sandbox"),
+        (str(disk / "tmp"), "/tmp"),
+    ]
     assert ("/",) in pairs(argv, "--remount-ro")
+
+
+def test_the_filter_of_system_calls_is_given_to_bubblewrap(tmp_path: Path) -> None:
+    assert pairs(arguments(tmp_path), "--seccomp") == pairs(arguments(tmp_path, USER), "--seccomp") == [("4",)]
+    assert "--seccomp" in launch_arguments(tmp_path, USER, [], MEMORY)
 
 
 def test_only_known_places_of_the_host_are_shown(tmp_path: Path) -> None:
@@ -114,10 +148,40 @@ def test_a_shown_tool_directory_comes_first_in_path(tmp_path: Path) -> None:
     assert base_environment((str(tmp_path), "/srv/none"))["PATH"].split(":")[:2] == [f"{tmp_path}/bin", "/usr/local/sbin"]
 
 
-def test_the_disk_limit_is_on_every_writable_place(tmp_path: Path) -> None:
-    argv = arguments(tmp_path, disk_bytes=16 * MIB)
-    limited = {argv[n + 3] for n, word in enumerate(argv) if word == "--size" and argv[n + 1] == str(16 * MIB)}
-    assert limited == {"/workspace", "/tmp", "/home/sandbox"}
+def test_the_disk_limit_is_one_for_all_writable_places(tmp_path: Path) -> None:
+    argv = launch_arguments(tmp_path, ROOT, [], MEMORY)
+    assert argv[argv.index("--disk") + 1] == f"{tmp_path}/disk:{16 * MIB}"
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "limited", "wanted"),
+    [
+        (None, True, (4096, 512, 256)),
+        (None, False, (1024, 512, 64)),
+        (16 * MIB, True, (16, 128, 256)),
+        (512 * MIB, False, (512, 256, 64)),
+        (8192 * MIB, False, (8192, 512, 64)),
+    ],
+)
+def test_all_that_is_memory_is_in_relation(disk_bytes: int | None, limited: bool, wanted: tuple[int, int, int]) -> None:
+    spec = SandboxSpec(backend="local", sandbox_id="s", disk_bytes=disk_bytes)
+    memory = memory_for(spec, limited=limited)
+    assert (memory.disk_bytes, memory.spool_bytes, memory.shm_bytes) == tuple(n * MIB for n in wanted)
+
+
+def test_the_sizes_of_spool_and_shared_memory_are_set(tmp_path: Path) -> None:
+    argv = arguments(tmp_path)
+    sizes = {argv[n + 3]: argv[n + 1] for n, word in enumerate(argv) if word == "--size" and not argv[n + 3].startswith("/etc/")}
+    assert sizes == {"/run/cifixer/spool": str(8 * MIB), "/dev/shm": str(4 * MIB)}
+
+
+def test_directories_of_private_keys_are_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.isdir", lambda _path: True)
+    monkeypatch.setattr("os.path.realpath", str)
+    argv = arguments(tmp_path)
+    covered = {t for (t,) in pairs(argv, "--tmpfs")} & {t for (t,) in pairs(argv, "--remount-ro")}
+    assert {"/etc/ssl/private", "/etc/pki/tls/private"} <= covered
+    assert max(argv.index("/etc/ssl"), argv.index("/etc/pki") if "/etc/pki" in argv else 0) < argv.index("/etc/ssl/private")
 
 
 def test_no_writable_place_is_without_a_limit(tmp_path: Path) -> None:
@@ -146,10 +210,10 @@ def test_the_memory_counter_is_shown_where_the_runner_looks(tmp_path: Path, file
 
 
 def test_launch_maps_the_user_and_joins_every_group(tmp_path: Path) -> None:
-    argv = launch_arguments(tmp_path, ROOT, [Path("/cg/a"), Path("/cg/b")])
+    argv = launch_arguments(tmp_path, ROOT, [Path("/cg/a"), Path("/cg/b")], MEMORY)
     assert [argv[n + 1] for n, w in enumerate(argv) if w == "--cgroup"] == ["/cg/a", "/cg/b"]
     assert argv[argv.index("--map-user") + 1] == argv[argv.index("--map-group") + 1] == "1000:1900000007"
 
 
 def test_launch_maps_nobody_for_an_ordinary_user(tmp_path: Path) -> None:
-    assert "--map-user" not in launch_arguments(tmp_path, USER, [])
+    assert "--map-user" not in launch_arguments(tmp_path, USER, [], None)

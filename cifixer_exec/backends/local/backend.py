@@ -9,7 +9,9 @@ Its whole state is one directory per sandbox::
                                                 inside the sandbox can see, replace or redirect this path
                                   log           what bubblewrap and the runner said
                                   etc/          the sandbox's passwd, group and hosts
+                                  disk/         empty; inside the sandbox's mount namespace its memory is mounted here
                                   workspace/    only without isolation
+    <root>/locks/<sandbox id>                   there while somebody makes or destroys it
 
 Everything else (workspace, /tmp, spool) is memory of the namespace and goes with it.
 """
@@ -18,24 +20,32 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cifixer_exec.backends.base import Backend, Owned
-from cifixer_exec.backends.local import cgroups, isolation, trouble
+from cifixer_exec.backends.local import cgroups, isolation, locks, trouble
 from cifixer_exec.backends.local.processes import descendants, is_alive, kill_and_wait, kill_tree, start_time_of
 from cifixer_exec.channel.frames import FrameParser, FrameType, encode_document, encode_frame
 from cifixer_exec.channel.transport import Dial, Transport, dial_unix
-from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxLostError, SandboxStartError
+from cifixer_exec.errors import (
+    BackendError,
+    BackendUnavailableError,
+    ExecutorError,
+    InvalidRequestError,
+    SandboxLostError,
+    SandboxStartError,
+)
 from cifixer_exec.model import MIB, Capabilities, Health, Inspection, SandboxHandle, SandboxSpec, check_id
 
 DEFAULT_MEMORY_BYTES = 2048 * MIB
@@ -43,6 +53,12 @@ DEFAULT_MEMORY_BYTES = 2048 * MIB
 #: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
 RUNNER_THREADS = 1024
 START_TIMEOUT_S = 20.0
+#: For whoever is at work on the same sandbox: a start and the removal of what did not start.
+LOCK_TIMEOUT_S = 3 * START_TIMEOUT_S
+#: What nobody owns any more is removed by whoever makes the next sandbox: so long after its end, looking at so many, for so long.
+LITTER_AGE_S = 60.0
+LITTER_LOOKS = 50
+LITTER_TIME_S = 0.5
 
 
 class LocalBackend(Backend):
@@ -112,24 +128,13 @@ class LocalBackend(Backend):
     def create(self, spec: SandboxSpec) -> SandboxHandle:
         self.check(spec)
         spec = self._with_defaults(spec)
-        directory = self._directory(spec.sandbox_id)
-        handle = SandboxHandle(backend=self.name, sandbox_id=spec.sandbox_id, placement=self.placement, data={})
-        if self.inspect(handle).alive:
-            return handle
-        self._remove(directory)
-        try:
-            self._prepare(directory, spec)
-            self._launch(directory, spec)
-            _greet(directory, START_TIMEOUT_S)
-            if not self._unsafe:
-                _remember_init(directory)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = _tail(directory / "log") or str(error)
-            self.destroy(handle)
-            raise SandboxStartError(f"the local sandbox {spec.sandbox_id!r} did not start: {said}", trouble.remedy(said)) from None
-        except BaseException:
-            self.destroy(handle)
-            raise
+        handle = SandboxHandle(backend=self.name, sandbox_id=check_id(spec.sandbox_id, "sandbox id"), placement=self.placement, data={})
+        self._make_root()
+        self._remove_litter()
+        with self._locked(self._root / "locks" / spec.sandbox_id):
+            if not self._adopt(handle):
+                self._destroy(handle)
+                self._make(handle, spec)
         return handle
 
     def dial(self, handle: SandboxHandle) -> Dial:
@@ -146,16 +151,12 @@ class LocalBackend(Backend):
         return dial
 
     def destroy(self, handle: SandboxHandle) -> None:
-        directory = self._directory(handle.sandbox_id)
-        groups = self._existing_groups(handle.sandbox_id)
-        init, launched = _read_json(directory / "init.json"), _read_json(directory / "launch.json")
-        dead = init is None or kill_and_wait(int(init["pid"]), int(init["start_time"]))
-        dead = (launched is None or kill_tree(int(launched["pid"]), int(launched["start_time"]))) and dead
-        if not (cgroups.kill_all(groups) and dead):
-            raise BackendError(f"processes of the local sandbox {handle.sandbox_id!r} survived SIGKILL: destroy it again")
-        if not cgroups.remove(groups):
-            raise BackendError(f"the control group of the local sandbox {handle.sandbox_id!r} is still in use: destroy it again")
-        self._remove(directory)
+        if not self._root.is_dir():
+            self._destroy(handle)
+            return
+        self._make_root()
+        with self._locked(self._root / "locks" / check_id(handle.sandbox_id, "sandbox id")):
+            self._destroy(handle)
 
     def inspect(self, handle: SandboxHandle) -> Inspection:
         directory = self._directory(handle.sandbox_id)
@@ -176,7 +177,7 @@ class LocalBackend(Backend):
 
     def list_owned(self) -> Sequence[Owned]:
         with suppress(FileNotFoundError):
-            return [self._owned(path) for path in sorted((self._root / "sandboxes").iterdir()) if path.is_dir()]
+            return [self._owned(path) for path in sorted((self._root / "sandboxes").iterdir()) if path.name[0] != "." and path.is_dir()]
         return []
 
     def _owned(self, directory: Path) -> Owned:
@@ -196,23 +197,130 @@ class LocalBackend(Backend):
             spec = replace(spec, memory_bytes=DEFAULT_MEMORY_BYTES)
         return spec
 
-    def _prepare(self, directory: Path, spec: SandboxSpec) -> None:
-        directory.mkdir(parents=True, mode=0o700)
-        self._root.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    def _make_root(self) -> None:
+        try:
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._root.chmod(0o711 if os.geteuid() == 0 else 0o700)
+            for name in ("sandboxes", "locks"):
+                (self._root / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise BackendUnavailableError(f"the state directory cannot be used: {error}: choose another one") from None
+
+    @contextmanager
+    def _locked(self, path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+        """Alone of all processes and threads.
+
+        Raises:
+            BackendUnavailableError: another is still at it.
+        """
+        try:
+            lock = locks.take(path, timeout_s=timeout_s)
+        except OSError as error:
+            raise BackendUnavailableError(f"the lock {path} cannot be taken: {error}") from None
+        if lock is None:
+            raise BackendUnavailableError(f"the lock {path} is held by another that makes or destroys a sandbox: try again")
+        try:
+            yield
+        finally:
+            locks.release(path, lock)
+
+    def _adopt(self, handle: SandboxHandle) -> bool:
+        """Whether it lives. One whose maker died before it was whole is completed, if it can be."""
+        if not self.inspect(handle).alive:
+            return False
+        directory = self._directory(handle.sandbox_id)
+        if self._unsafe or (directory / "init.json").exists():
+            return True
+        with suppress(OSError):
+            _greet(directory, START_TIMEOUT_S)
+            _remember_init(directory)
+            return True
+        return False
+
+    def _make(self, handle: SandboxHandle, spec: SandboxSpec) -> None:
+        directory = self._directory(spec.sandbox_id)
+        try:
+            identity = self._prepare(directory, spec)
+            self._launch(directory, spec, identity)
+            _greet(directory, START_TIMEOUT_S)
+            if not self._unsafe:
+                _remember_init(directory)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = _tail(directory / "log") or str(error)
+            self._destroy(handle)
+            raise SandboxStartError(f"the local sandbox {spec.sandbox_id!r} did not start: {said}", trouble.remedy(said)) from None
+        except BaseException:
+            self._destroy(handle)
+            raise
+
+    def _destroy(self, handle: SandboxHandle) -> None:
+        directory = self._directory(handle.sandbox_id)
+        groups = self._existing_groups(handle.sandbox_id)
+        init, launched = _read_json(directory / "init.json"), _read_json(directory / "launch.json")
+        dead = init is None or kill_and_wait(int(init["pid"]), int(init["start_time"]))
+        dead = (launched is None or kill_tree(int(launched["pid"]), int(launched["start_time"]))) and dead
+        if not (cgroups.kill_all(groups) and dead):
+            raise BackendError(f"processes of the local sandbox {handle.sandbox_id!r} survived SIGKILL: destroy it again")
+        if not cgroups.remove(groups):
+            raise BackendError(f"the control group of the local sandbox {handle.sandbox_id!r} is still in use: destroy it again")
+        self._remove(directory)
+
+    def _remove_litter(self) -> None:
+        """Remove what crashed clients left here: their sandboxes ended by themselves, but directories and control groups stay.
+
+        Only what is dead, past its end for a while, and not being made or destroyed by anyone. Never raises.
+        """
+        give_up = time.monotonic() + LITTER_TIME_S
+        for place, remove in (("sandboxes", self._remove_if_litter), ("locks", self._remove_lock_if_litter)):
+            with suppress(OSError):
+                names = os.listdir(self._root / place)
+                for name in random.sample(names, min(LITTER_LOOKS, len(names))):  # a sample: none is overlooked for ever
+                    if time.monotonic() < give_up:
+                        with suppress(OSError, ExecutorError):
+                            remove(self._root / place / name)
+
+    def _remove_if_litter(self, directory: Path) -> None:
+        if directory.name.startswith("."):
+            if self._clock() - os.lstat(directory).st_ctime > LITTER_AGE_S:
+                shutil.rmtree(directory, ignore_errors=True)
+            return
+        if not self._is_litter(directory):
+            return
+        with self._locked(self._root / "locks" / directory.name, timeout_s=0):
+            if self._is_litter(directory):
+                self._destroy(self._owned(directory).handle)
+
+    def _is_litter(self, directory: Path) -> bool:
+        owned = self._owned(directory)
+        ended = self._clock() - max(owned.expires_at_s, owned.created_at_s, _mtime(directory)) > LITTER_AGE_S
+        return ended and not self.inspect(owned.handle).alive
+
+    def _remove_lock_if_litter(self, lock: Path) -> None:
+        if self._clock() - os.stat(lock).st_mtime > LITTER_AGE_S:
+            with self._locked(lock, timeout_s=0):
+                """Releasing removes it."""
+
+    def _prepare(self, directory: Path, spec: SandboxSpec) -> isolation.Identity:
         now = self._clock()
         record = {"created_at_s": now, "expires_at_s": now + spec.lifetime_s, "labels": dict(spec.labels)}
-        _write_json(directory / "spec.json", record)
-        (directory / "etc").mkdir()
+        identity = isolation.Identity(host_uid=None)
+        if self._unsafe or os.geteuid() != 0:
+            _begin(directory, record)
+        else:
+            with self._locked(self._root.parent / ".uids.lock"):
+                taken = _host_uids_in(self._root.parent)
+                identity = isolation.identity_for(spec.sandbox_id, euid=0, uid_map=Path("/proc/self/uid_map").read_text(), taken=taken)
+                _begin(directory, {**record, "host_uid": identity.host_uid})
+        for name in ("etc", "workspace" if self._unsafe else "disk"):
+            (directory / name).mkdir()
         for name, content in isolation.ETC_FILES.items():
             (directory / "etc" / name).write_text(content)
-        if self._unsafe:
-            (directory / "workspace").mkdir()
+        return identity
 
-    def _launch(self, directory: Path, spec: SandboxSpec) -> None:
-        identity = isolation.identity_for(spec.sandbox_id, euid=os.geteuid(), uid_map=Path("/proc/self/uid_map").read_text())
+    def _launch(self, directory: Path, spec: SandboxSpec, identity: isolation.Identity) -> None:
         groups = self._make_groups(spec)
+        memory = None
         if self._unsafe:
-            identity = isolation.Identity(host_uid=None)
             workspace = str(directory / "workspace")
             program = isolation.serve_arguments(
                 spec,
@@ -224,10 +332,11 @@ class LocalBackend(Backend):
             environment = isolation.base_environment((), home=workspace)
         else:
             assert self._bwrap is not None  # probe and wiring refuse to come here without it
-            memory = self._groups.group("memory", spec.sandbox_id) if self._groups else None
-            program = isolation.bwrap_arguments(self._bwrap, self._runner, directory, spec, identity, memory)
+            group = self._groups.group("memory", spec.sandbox_id) if self._groups else None
+            memory = isolation.memory_for(spec, limited=group is not None)
+            program = isolation.bwrap_arguments(self._bwrap, self._runner, directory, spec, identity, memory, group)
             environment = {}
-        launch = [str(self._runner), *isolation.launch_arguments(directory, identity, groups), "--", *program]
+        launch = [str(self._runner), *isolation.launch_arguments(directory, identity, groups, memory), "--", *program]
         with open(directory / "launch.json", "wb") as out:
             done = subprocess.run(
                 launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, env=environment, timeout=START_TIMEOUT_S, check=False
@@ -255,7 +364,7 @@ class LocalBackend(Backend):
         data = _read_json(directory / "spec.json") or {}
         if float(data.get("expires_at_s", float("inf"))) <= self._clock():
             return "its lifetime ended"
-        return _tail(directory / "log") or "its processes were killed from outside"
+        return _last_words(_tail(directory / "log", 65_536)) or "its processes were killed from outside"
 
     def _remove(self, directory: Path) -> None:
         """By rename first, so that a half-removed sandbox is never taken for a living one."""
@@ -299,6 +408,23 @@ def _remember_init(directory: Path) -> None:
     if started is None:
         raise OSError("the sandbox ended right after its runner answered")
     _write_json(directory / "init.json", {"pid": children[0], "start_time": started})
+
+
+def _begin(directory: Path, record: dict[str, Any]) -> None:
+    directory.mkdir(mode=0o700)
+    _write_json(directory / "spec.json", record)
+
+
+def _host_uids_in(state: Path) -> frozenset[int]:
+    """Those of all sandboxes that have a directory: one that is removed frees its uid, a crash takes none away."""
+    found = (_read_json(path) for path in state.glob("*/sandboxes/*/spec.json"))
+    return frozenset(uid for data in found if data is not None and isinstance(uid := data.get("host_uid"), int))
+
+
+def _last_words(log: str) -> str:
+    """What a log says of a death: of a runner that crashed the line before Go's stack traces, else its end."""
+    before, trace, _ = log.partition("\ngoroutine ")
+    return (before.strip().splitlines() or [""])[-1] if trace else log[-1500:]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

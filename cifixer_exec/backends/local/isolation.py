@@ -5,11 +5,13 @@ Options: https://github.com/containers/bubblewrap/blob/main/bwrap.xml
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zlib
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifixer_exec.errors import CapacityError
 from cifixer_exec.model import MIB, SandboxSpec
 
 WORKSPACE = "/workspace"
@@ -17,10 +19,10 @@ HOME = "/home/sandbox"
 RUNNER = "/run/cifixer/runner"
 SPOOL = "/run/cifixer/spool"
 SANDBOX_ID = 1000
-DEFAULT_DISK_BYTES = 4096 * MIB
 DEFAULT_MAX_PROCESSES = 512
-SPOOL_BYTES = 1024 * MIB
-SHM_BYTES = 256 * MIB
+#: Where `runner launch --seccomp` leaves the filter for bubblewrap.
+_SECCOMP_FD = "4"
+_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 MAX_OPEN_FILES = 65_536
 #: At once in one sandbox; each has a supervisor with about a dozen threads.
 MAX_COMMANDS = 64
@@ -51,6 +53,8 @@ _ETC = (
     "terminfo",
     "timezone",
 )
+#: Places of keys below what is shown of /etc; empty in a sandbox even where their modes would let it read them.
+_ETC_HIDDEN = ("ssl/private", "pki/tls/private", "pki/CA/private", "pki/consumer", "pki/entitlement", "pki/entitlement-host", "pki/nginx")
 _ETC_WITH_NETWORK = ("hosts", "resolv.conf", "gai.conf")
 _SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt")
 
@@ -78,26 +82,63 @@ class Identity:
         return self.host_uid is not None
 
 
-def identity_for(sandbox_id: str, *, euid: int, uid_map: str) -> Identity:
-    """As root each sandbox gets a host uid that nobody else has (so its process limit is its own and a break-out
-    finds nothing to own). ``uid_map`` is the content of /proc/self/uid_map: inside a container few ids may exist.
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a sandbox can write, all of it memory. ``disk`` is one size for workspace, home and /tmp together."""
+
+    disk_bytes: int
+    spool_bytes: int
+    shm_bytes: int
+
+
+def memory_for(spec: SandboxSpec, *, limited: bool) -> Memory:
+    """``limited``: a control group counts this memory as the sandbox's. Without one these sizes are all that protects the host's."""
+    disk_bytes = int(spec.disk_bytes or (4096 if limited else 1024) * MIB)
+    spool_bytes = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk_bytes // 2))
+    return Memory(disk_bytes=disk_bytes, spool_bytes=spool_bytes, shm_bytes=(256 if limited else 64) * MIB)
+
+
+def identity_for(sandbox_id: str, *, euid: int, uid_map: str, taken: Container[int] = ()) -> Identity:
+    """As root each sandbox gets a host uid outside ``taken`` (so its process limit is its own and a break-out finds nothing to own).
+    ``uid_map`` is the content of /proc/self/uid_map: inside a container few ids may exist.
+
+    Raises:
+        CapacityError: every one is taken.
     """
     if euid != 0:
         return Identity(host_uid=None)
+    first, count = _host_uids(uid_map)
+    if count == 0:
+        return Identity(host_uid=None)
+    start = int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:8], "big")
+    for step in range(count):
+        uid = first + (start + step) % count
+        if uid not in taken:
+            return Identity(host_uid=uid)
+    raise CapacityError(f"all {count} user ids that sandboxes can have here are taken: destroy some, or give this container more ids")
+
+
+def _host_uids(uid_map: str) -> tuple[int, int]:
+    """The first and the number of the uids for sandboxes. On a whole machine those that systemd leaves to the host and nobody gives
+    to users or containers (https://systemd.io/UIDS-GIDS/), in a container the upper ones of what it has.
+    """
     size = max((int(line.split()[0]) + int(line.split()[2]) for line in uid_map.splitlines() if line.strip()), default=0)
-    spread = zlib.crc32(sandbox_id.encode())
-    if size > 2_000_000_000:
-        return Identity(host_uid=1_900_000_000 + spread % 65_536)
-    return Identity(host_uid=max(1, size - 5536 + spread % 5000)) if size >= 65_536 else Identity(host_uid=None)
+    if size > 0x7F00_0000:
+        return 0x7000_0000, 0x0F00_0000
+    if size >= 2 * 65_536:
+        return 65_536, size - 65_536
+    return (60_000, 5_000) if size >= 65_536 else (0, 0)
 
 
-def launch_arguments(directory: Path, identity: Identity, cgroups: list[Path]) -> list[str]:
-    """Arguments of ``runner launch``, up to and without the ``--``."""
+def launch_arguments(directory: Path, identity: Identity, cgroups: list[Path], memory: Memory | None) -> list[str]:
+    """Arguments of ``runner launch``, up to and without the ``--``. ``memory`` None: no isolation."""
     arguments = ["launch", "--socket", str(directory / "runner.sock"), "--log", str(directory / "log")]
     for group in cgroups:
         arguments += ["--cgroup", str(group)]
     if identity.mapped:
         arguments += ["--map-user", f"{SANDBOX_ID}:{identity.host_uid}", "--map-group", f"{SANDBOX_ID}:{identity.host_uid}"]
+    if memory is not None:
+        arguments += ["--seccomp", "--disk", f"{directory / 'disk'}:{memory.disk_bytes}"]
     return arguments
 
 
@@ -116,16 +157,16 @@ def serve_arguments(spec: SandboxSpec, *, runner: str, workspace: str, spool: st
 
 
 def bwrap_arguments(
-    bwrap: Path, runner: Path, directory: Path, spec: SandboxSpec, identity: Identity, memory_group: Path | None
+    bwrap: Path, runner: Path, directory: Path, spec: SandboxSpec, identity: Identity, memory: Memory, memory_group: Path | None
 ) -> list[str]:
-    """The whole command line of the sandbox, runner included."""
-    disk_bytes = spec.disk_bytes or DEFAULT_DISK_BYTES
-    arguments = [str(bwrap), *_namespaces(spec, identity)]
+    """The whole command line of the sandbox, runner included. `runner launch` has made the disk before and holds the filter open."""
+    arguments = [str(bwrap), "--seccomp", _SECCOMP_FD, *_namespaces(spec, identity)]
     arguments += _system()
     arguments += _etc(directory, spec)
-    arguments += ["--proc", "/proc", "--dev", "/dev", *_tmpfs("/dev/shm", SHM_BYTES, "1777"), "--remount-ro", "/dev"]  # noqa: S108
-    arguments += [*_tmpfs("/tmp", disk_bytes, "1777"), *_tmpfs(HOME, disk_bytes, "0777"), *_tmpfs(WORKSPACE, disk_bytes, "0777")]  # noqa: S108
-    arguments += [*_directory("/run/cifixer"), *_tmpfs(SPOOL, SPOOL_BYTES, "0777"), "--ro-bind", str(runner), RUNNER]
+    arguments += ["--proc", "/proc", "--dev", "/dev", *_tmpfs("/dev/shm", memory.shm_bytes, "1777"), "--remount-ro", "/dev"]  # noqa: S108
+    for part, path in (("workspace", WORKSPACE), ("home", HOME), ("tmp", "/tmp")):  # noqa: S108
+        arguments += [*_directory(path), "--bind", str(directory / "disk" / part), path]
+    arguments += [*_directory("/run/cifixer"), *_tmpfs(SPOOL, memory.spool_bytes, "0777"), "--ro-bind", str(runner), RUNNER]
     if memory_group is not None:
         # The runner tells out-of-memory from other kills by the counter in here (docs/protocol.md).
         inside = "/sys/fs/cgroup" if (memory_group / "memory.events").exists() else "/sys/fs/cgroup/memory"
@@ -163,7 +204,7 @@ def _namespaces(spec: SandboxSpec, identity: Identity) -> list[str]:
         # The user namespace is made by `runner launch`; the two capabilities let the runner become the sandbox's user and are gone then.
         arguments += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_CHOWN"]
     else:
-        arguments += ["--unshare-user", "--uid", str(SANDBOX_ID), "--gid", str(SANDBOX_ID), "--disable-userns"]
+        arguments += ["--unshare-user", "--uid", str(SANDBOX_ID), "--gid", str(SANDBOX_ID), "--disable-userns", "--cap-drop", "ALL"]
     arguments += ["--as-pid-1", "--new-session", "--clearenv"]
     for name, value in base_environment(spec.readonly_paths).items():
         arguments += ["--setenv", name, value]
@@ -187,6 +228,11 @@ def _etc(directory: Path, spec: SandboxSpec) -> list[str]:
     for name in names:
         if os.path.exists(f"/etc/{name}"):
             arguments += ["--ro-bind", os.path.realpath(f"/etc/{name}"), f"/etc/{name}"]
+    for hidden in _ETC_HIDDEN:
+        top, _, below = hidden.partition("/")
+        path = os.path.join(os.path.realpath(f"/etc/{top}"), below)
+        if os.path.isdir(path) and os.path.realpath(path) == path:  # a link leads to what is not shown
+            arguments += ["--size", "4096", "--tmpfs", f"/etc/{hidden}", "--remount-ro", f"/etc/{hidden}"]
     for name in ETC_FILES:
         if name not in names:
             arguments += ["--ro-bind", str(directory / "etc" / name), f"/etc/{name}"]
