@@ -44,7 +44,7 @@ class CommandHandle:
         """End of input."""
         self._portal.call(self._handle.close_stdin())
 
-    def signal(self, name: str) -> None:
+    def signal(self, name: str | int) -> None:
         """Send a signal to every process of the command."""
         self._portal.call(self._handle.signal(name))
 
@@ -173,6 +173,9 @@ class SandboxEnvironment:
     def extend(self, lifetime_s: float) -> None:
         """Let the sandbox live ``lifetime_s`` from now."""
         self._portal.call(self._environment.extend(lifetime_s))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.sandbox_id}>"
 
     def __enter__(self) -> Self:
         try:

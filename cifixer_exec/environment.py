@@ -6,6 +6,7 @@ The blocking face with the same names is in :mod:`cifixer_exec.blocking`.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +99,8 @@ class AsyncCommandHandle:
 
     async def read_output(self, stream: Stream | str, offset: int, length: int = MAX_BODY_BYTES) -> bytes:
         """Up to ``length`` bytes (at most 1 MiB) of what the sandbox keeps of a stream, also beyond the output limit."""
+        if stream not in list(Stream):
+            raise InvalidRequestError(f"stream {stream!r} is not known: take stdout or stderr")
         arguments = {"op_id": f"{self.op_id}:0", "stream": Stream(stream).value, "offset": offset, "length": length}
         return (await _when_there(self._port, self.op_id, "read_output", arguments)).body
 
@@ -118,8 +121,12 @@ class AsyncCommandHandle:
         """End of input."""
         await self.send_stdin(b"", eof=True)
 
-    async def signal(self, name: str) -> None:
-        """Send a signal (``INT``, ``HUP``, …) to every process of the command."""
+    async def signal(self, name: str | int) -> None:
+        """Send a signal (``INT``, ``SIGHUP``, 15, …) to every process of the command."""
+        try:
+            name = signal.Signals(name).name if isinstance(name, int) else str(name)
+        except ValueError:
+            raise InvalidRequestError(f"signal {name!r} is not known: take a name such as INT, or its number") from None
         await _when_there(self._port, self.op_id, "signal", {"op_id": f"{self.op_id}:0", "signal": name.upper().removeprefix("SIG")})
 
     async def kill(self) -> None:
@@ -227,6 +234,8 @@ class AsyncSandboxEnvironment:
         op_id: str | None = None,
     ) -> list[ExecResult]:
         """Run commands in order, stop at the first that fails, in one round trip. One result per command that was started."""
+        if isinstance(commands, str):
+            raise InvalidRequestError(f"run_batch was given the str {commands[:60]!r}: give a list of commands")
         parsed = [self._parse(c, env=env, cwd=cwd, timeout_s=timeout_s) for c in commands]
         if not parsed:
             raise InvalidRequestError("run_batch was given no command: give at least one")
@@ -342,6 +351,9 @@ class AsyncSandboxEnvironment:
         if check_timeout_s(lifetime_s, "lifetime_s") is None:
             raise InvalidRequestError("lifetime_s=None is not usable: give seconds")
         await self._port.extend(lifetime_s)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.sandbox_id}>"
 
     async def __aenter__(self) -> Self:
         try:

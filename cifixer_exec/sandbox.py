@@ -123,24 +123,29 @@ class SandboxSession:
     async def cancel(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
         """Kill what runs of an op and start no more of it; returns when it is dead.
 
-        The kill may fall between two commands, or just before the first is started: so it is repeated while :meth:`run` goes on.
+        The kill may fall between two commands, or just before the first is started: so it is repeated until it hit one.
         """
         self._cancelled.add(op_id)
         deadline = self._clock() + CANCEL_S
         while True:
-            await self._kill(op_id, commands, grace_s)
-            if op_id not in self._running or self._clock() > deadline:
+            stopped = await self._kill(op_id, commands, grace_s)
+            if stopped or op_id not in self._running or self._clock() > deadline:
                 return
             await asyncio.sleep(CANCEL_RETRY_S)
 
-    async def _kill(self, op_id: str, commands: int, grace_s: float) -> None:
+    async def _kill(self, op_id: str, commands: int, grace_s: float) -> bool:
+        """True when nothing of the op can run any more: a command of it was killed, or all have ended."""
         for index in range(commands):
             try:
-                await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
+                answer = await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
             except InvalidRequestError as error:
                 if error.code != "op_unknown":
                     raise
-                return
+                return False
+            record = answer.document.get("record")
+            if not isinstance(record, dict) or record.get("status") != Status.EXITED or record.get("exit_code") != 0:
+                return True  # run() starts nothing behind a command that did not succeed
+        return True
 
     def is_running(self, op_id: str) -> bool:
         """Whether :meth:`run` goes on for this op."""

@@ -27,6 +27,9 @@ def _local(config: AppConfig) -> Backend:
     )
 
 
+#: They follow behind the same contract.
+PLANNED = ("docker_local", "kubernetes", "e2b")
+
 _FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local}
 
 
@@ -41,6 +44,8 @@ def check_backend(name: str) -> str:
     Raises:
         InvalidRequestError: there is none.
     """
+    if name in PLANNED:
+        raise InvalidRequestError(f"backend {name!r} is planned and not in this version yet: take one of {', '.join(_FACTORIES)}")
     if name not in _FACTORIES:
         raise InvalidRequestError(f"backend {name!r} is not known: take one of {', '.join(_FACTORIES)}")
     return name

@@ -23,7 +23,7 @@ class LiveOutput:
     def __call__(self, chunk: OutputChunk) -> None:
         missing = chunk.offset - self._ends[chunk.stream]
         if missing > 0:
-            tell(f"{missing} bytes of {chunk.stream} are left out here (output limit)")
+            tell(f"{missing} bytes of {chunk.stream} are left out here: give a higher --output-limit (CIFIXER_OUTPUT_LIMIT)")
         self._ends[chunk.stream] = chunk.offset + len(chunk.data)
         self._files[chunk.stream].write(chunk.data)
         self._files[chunk.stream].flush()
@@ -38,11 +38,21 @@ def run_live(
     timeout_s: float | None = None,
     stdin: bytes = b"",
     op_id: str | None = None,
+    output_limit_bytes: int | None = None,
 ) -> int:
     """Run ``command``, pass its output on, and return the exit code that tells how it ended. Interrupted, it kills the command."""
     op_id = op_id or new_op_id()
     try:
-        result = sandbox.run_command(list(command), env=env, cwd=cwd, timeout_s=timeout_s, stdin=stdin, on_output=LiveOutput(), op_id=op_id)
+        result = sandbox.run_command(
+            list(command),
+            env=env,
+            cwd=cwd,
+            timeout_s=timeout_s,
+            stdin=stdin,
+            on_output=LiveOutput(),
+            op_id=op_id,
+            output_limit_bytes=output_limit_bytes,
+        )
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
         sandbox.command(op_id).kill()
         raise

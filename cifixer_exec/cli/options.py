@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from cifixer_exec.cli.reach import Reach
+from cifixer_exec.model import MIB
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,8 +31,17 @@ env = click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", callback=
 cwd = click.option("--cwd", metavar="PATH", help="Where to run it; left out: the workspace.")
 timeout = click.option("--timeout", "timeout_s", type=float, metavar="SECONDS", help="Then its process tree is killed (exit code 124).")
 stdin = click.option("-i", "--stdin", "with_stdin", is_flag=True, help="Read stdin to its end and pass it to the command.")
+output_limit = click.option(
+    "--output-limit",
+    "output_limit_bytes",
+    type=click.IntRange(0, 1 << 30),
+    default=256 * MIB,
+    show_default=True,
+    metavar="BYTES",
+    help="Of each stream this much is passed on, and of what is beyond the last MiB.",
+)
 op_id = click.option("--op-id", metavar="ID", help="The same id again does not run the command again, it gives the same result.")
-command = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+command = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)  # a list, no shell line
 
 
 def reach(*, direct_too: bool = True, backend_too: bool = False, unsafe_too: bool = False) -> Callable[[F], F]:

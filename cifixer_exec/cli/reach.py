@@ -13,6 +13,7 @@ from cifixer_exec.cli import progress
 from cifixer_exec.errors import QueueUnavailableError
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.stack.embedded import EmbeddedStack
+from cifixer_exec.stack.parts import python_directories
 from cifixer_exec.stack.running import find_running
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import WorkerRecord
@@ -49,7 +50,9 @@ def known_config(reach: Reach) -> AppConfig | None:
     """How to reach what was named or is running; None if there is nothing. Contacts nobody."""
     config = reach.settings()
     if reach.direct or config.dispatch == "direct":
-        return config.with_(dispatch="direct")
+        hidden = config.execution_backend != "local" or config.unsafe_no_isolation
+        shown = config.readonly_paths if hidden else tuple(dict.fromkeys((*config.readonly_paths, *python_directories())))
+        return config.with_(dispatch="direct", readonly_paths=shown)  # this Python is there as it is with a stack of `up`
     running = find_running(config.state_dir)
     if reach.redis_url and (running is None or running.redis_url != reach.redis_url):
         return config.with_(redis_url=reach.redis_url)

@@ -25,6 +25,7 @@ from cifixer_exec.settings import AppConfig
 @options.env
 @options.cwd
 @options.timeout
+@options.output_limit
 @options.stdin
 @options.quiet
 @options.command
@@ -35,11 +36,14 @@ def run(
     env: dict[str, str],
     cwd: str | None,
     timeout_s: float | None,
+    output_limit_bytes: int,
     with_stdin: bool,
     quiet: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run one COMMAND in a new sandbox with live output and end with its exit code.
+
+    COMMAND is a program and its arguments; for a shell line give: sh -c 'a | b'
 
     128+n: ended by signal n. 124: timed out. 137: killed, or out of memory. 125: nobody knows. 2, 3: cifixer-exec itself failed.
     """
@@ -48,7 +52,7 @@ def run(
         if upload is not None:
             with progress.step(f"uploading {upload}", quiet=quiet):
                 copying.copy(sandbox, copying.Side(None, upload), copying.Side(sandbox.sandbox_id, "."))
-        return run_live(sandbox, command, env=env, cwd=cwd, timeout_s=timeout_s, stdin=stdin)
+        return run_live(sandbox, command, env=env, cwd=cwd, timeout_s=timeout_s, stdin=stdin, output_limit_bytes=output_limit_bytes)
 
 
 @click.command()
@@ -73,6 +77,7 @@ def create(*, reach: Reach, image: str | None, lifetime_s: float | None, env: di
 @options.env
 @options.cwd
 @options.timeout
+@options.output_limit
 @options.stdin
 @options.op_id
 @click.option("-d", "--detach", is_flag=True, help="Do not wait: print the op id, which `logs` takes.")
@@ -84,6 +89,7 @@ def execute(
     env: dict[str, str],
     cwd: str | None,
     timeout_s: float | None,
+    output_limit_bytes: int,
     with_stdin: bool,
     op_id: str | None,
     detach: bool,
@@ -96,9 +102,15 @@ def execute(
     stdin = sys.stdin.buffer.read() if with_stdin else b""
     with attached(reach, sandbox_id) as sandbox:
         if detach:
-            print(sandbox.start_command(list(command), env=env, cwd=cwd, timeout_s=timeout_s, op_id=op_id).op_id)
+            print(
+                sandbox.start_command(
+                    list(command), env=env, cwd=cwd, timeout_s=timeout_s, op_id=op_id, output_limit_bytes=output_limit_bytes
+                ).op_id
+            )
             return 0
-        return run_live(sandbox, command, env=env, cwd=cwd, timeout_s=timeout_s, stdin=stdin, op_id=op_id)
+        return run_live(
+            sandbox, command, env=env, cwd=cwd, timeout_s=timeout_s, stdin=stdin, op_id=op_id, output_limit_bytes=output_limit_bytes
+        )
 
 
 @click.command("ls")
@@ -115,7 +127,7 @@ def list_sandboxes(*, reach: Reach, as_json: bool) -> None:
 @click.argument("sandbox_id", metavar="ID")
 @click.argument("op_id", metavar="OP")
 def logs(*, reach: Reach, follow: bool, sandbox_id: str, op_id: str) -> None:
-    """Write the whole output of op OP of sandbox ID, from its first byte."""
+    """Write the output of op OP of sandbox ID as the journal has it: from the first byte, up to the op's output limit."""
     journaled.show_output(existing_stack(reach, with_worker=False), sandbox_id, op_id, follow=follow)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import signal
 import sys
 
 import click
@@ -17,7 +18,7 @@ from cifixer_exec.settings import AppConfig
 from cifixer_exec.stack import parts
 from cifixer_exec.stack.embedded import EmbeddedStack
 from cifixer_exec.stack.parts import Part
-from cifixer_exec.stack.running import announce, withdraw
+from cifixer_exec.stack.running import announce, find_running, withdraw
 from cifixer_exec.wiring import make_reaper
 
 FLOWER_PORT = 5555
@@ -33,8 +34,12 @@ FLOWER_PORT = 5555
 def up(*, redis_url: str | None, backend: str | None, flower: bool, port_flower: int, loglevel: str, unsafe_no_isolation: bool) -> int:
     """Keep a stack running in the foreground: Redis, a worker, beat. Ctrl-C drains it, a second one does not wait."""
     config = Reach(backend=backend, unsafe_no_isolation=unsafe_no_isolation).settings()
+    if (other := find_running(config.state_dir)) is not None:
+        raise InvalidRequestError(f"a stack of this user is up already (pid {other.pid}): use it, or end it with Ctrl-C or SIGTERM")
     if flower:
         require_flower()
+    # A shell without job control starts background programs with SIGINT ignored; this one is ended by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stack = EmbeddedStack(config, redis_url=redis_url, flower_port=port_flower if flower else 0, loglevel=loglevel)
     with progress.step("starting the stack"):
         stack.start()

@@ -118,7 +118,7 @@ class Executor:
         else:
             handle = SandboxHandle(backend=self._backend.name, sandbox_id=taken.sandbox_id, placement=self._backend.placement)
         await asyncio.to_thread(self._backend.destroy, handle)
-        closed = await self._close(taken, state="closed", cause="it was torn down")
+        closed = await self._close(taken, state="closed", cause="its user asked for that")
         if not closed:
             raise FencedError
         await self._done(taken, {})

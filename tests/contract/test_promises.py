@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -116,3 +117,30 @@ def test_attaching_leaves_the_sandbox_when_closed(stack: Stack, sandbox: Sandbox
     assert other.run_command("echo hello").stdout == b"hello\n"
     other.close()
     assert sandbox.run_command("echo still").stdout == b"still\n"
+
+
+def test_a_kill_from_the_middle_of_the_output_is_prompt(sandbox: SandboxEnvironment) -> None:
+    handle = sandbox.start_command("echo now; sleep 600")
+    begun = time.monotonic()
+    for chunk in handle.output():
+        if b"now" in chunk.data:
+            handle.kill()
+    assert time.monotonic() - begun < 8
+    assert handle.wait().status == "killed"
+
+
+@pytest.mark.parametrize("name", ["int", "SIGINT", 2])
+def test_a_signal_has_a_name_or_a_number(sandbox: SandboxEnvironment, name: str | int) -> None:
+    handle = sandbox.start_command("exec sleep 600")
+    handle.signal(name)
+    assert handle.wait().signal == "INT"
+
+
+def test_what_is_planned_is_not_taken_for_a_typing_error(stack: Stack) -> None:
+    with pytest.raises(InvalidRequestError, match="'docker_local' is planned"):
+        stack.create(execution_backend="docker_local")
+
+
+def test_one_text_is_no_batch(sandbox: SandboxEnvironment) -> None:
+    with pytest.raises(InvalidRequestError, match="list of commands"):
+        sandbox.run_batch("echo a")
