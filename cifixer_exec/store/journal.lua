@@ -519,6 +519,15 @@ local function tend(oid, op, sandbox, reping_ms)
   return 'waits'
 end
 
+-- One op, by a client that waits for it: where no worker lives, nobody sweeps.
+function verbs.tend(oid, reping_ms)
+  local op = load_op(oid)
+  if op.state == '' or FINAL[op.state] then
+    return {'no'}
+  end
+  return {tend(oid, op, load_sandbox(op.sid), tonumber(reping_ms))}
+end
+
 local function tend_sandbox(sid, counts, reping_ms)
   local sandbox, calm = load_sandbox(sid), true
   for _, oid in ipairs(call('SMEMBERS', key('open', sid))) do

@@ -23,6 +23,8 @@ from cifixer_exec.store.script import Script
 #: Chunks per Lua call: four arguments each, and Lua can unpack about 8000.
 _CHUNKS_PER_CALL = 1000
 _KEYS_PER_UNLINK = 1000
+#: How long a doorbell may go unanswered before who waits for the op rings again.
+_REPING_MS = 2000
 
 
 class Journal:
@@ -44,6 +46,9 @@ class Journal:
         with translated(self._redis):
             reply = await self._script(verb, *arguments)
         return _checked(reply)
+
+    def _reader(self, op_id: str) -> streams.Reader:
+        return streams.Reader(self._redis, self.keys, op_id, lambda: self._script("tend", op_id, _REPING_MS))
 
     # ------------------------------------------------------------------------------------------------- clients
 
@@ -69,7 +74,7 @@ class Journal:
         async def submit() -> None:
             await self.submit(op)
 
-        reader = streams.Reader(self._redis, self.keys, op.op_id)
+        reader = self._reader(op.op_id)
         return streams.submit_and_follow(reader, command, lambda reply: _submitted(_checked(reply)), submit, patience_s=patience_s)
 
     async def cancel(self, op_id: str) -> str:
@@ -91,7 +96,7 @@ class Journal:
     async def read(self, op_id: str, *, after: str = "0", block_s: float = 5.0) -> list[Entry]:
         """The next entries of an op's stream, waiting up to ``block_s`` (0: not at all) for the first."""
         with translated(self._redis):
-            return await streams.Reader(self._redis, self.keys, op_id).read(after, block_s)
+            return await self._reader(op_id).read(after, block_s)
 
     def follow(self, op_id: str, *, after: str = "0", patience_s: float = 60.0) -> AsyncIterator[OutputChunk | End]:
         """Output as it comes, each byte once, then one :class:`End`. What an adopted op repeats is left out.
@@ -101,7 +106,7 @@ class Journal:
         Raises:
             QueueUnavailableError: Redis stays away, or the op is not (or no longer) in the journal.
         """
-        return streams.follow(streams.Reader(self._redis, self.keys, op_id), after=after, patience_s=patience_s)
+        return streams.follow(self._reader(op_id), after=after, patience_s=patience_s)
 
     # ------------------------------------------------------------------------------------------------- workers
 

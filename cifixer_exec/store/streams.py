@@ -46,9 +46,11 @@ class Merge:
 class Reader:
     """Reads one op's stream and record; raises what redis-py raises."""
 
-    def __init__(self, redis: Redis, keys: Keys, op_id: str) -> None:
+    def __init__(self, redis: Redis, keys: Keys, op_id: str, tend: Callable[[], Awaitable[object]]) -> None:
         self.redis = redis
         self.op_id = op_id
+        #: Looks after the op as a sweep does: where no worker lives there is no sweep, and who waits must not wait for ever.
+        self.tend = tend
         self._execute: Any = redis.execute_command  # untyped in redis-py
         self._keys = keys
 
@@ -114,6 +116,7 @@ async def _next_entries(reader: Reader, after: str) -> list[Entry]:
             " was kept long enough, or Redis lost its data"
         )
     if not record.final:
+        await reader.tend()
         return []
     # It may have ended between the two reads. If not, its end entry is lost and the record must do.
     entries = await reader.read(after, 0)
