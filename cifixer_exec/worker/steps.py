@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import uuid
 from typing import Any
 
@@ -13,6 +14,10 @@ from kombu import Exchange, Queue
 from cifixer_exec.worker.runtime import WorkerRuntime
 
 log = logging.getLogger(__name__)
+
+#: Celery's thread, the event loop and the pool hand each op to one another; with CPython's 5 ms each hand-over can wait that long
+#: for the GIL. https://docs.python.org/3/library/sys.html#sys.setswitchinterval
+SWITCH_INTERVAL_S = 0.0005
 _runtime: WorkerRuntime | None = None
 
 
@@ -63,6 +68,7 @@ class RuntimeStep(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         _runtime = self.make_runtime(parent.hostname)
         _runtime.start()
         log.info("worker %s holds its lease", parent.hostname)
