@@ -356,7 +356,7 @@ func (c *command) whyStopped() string {
 }
 
 func (c *command) save() {
-	if c.dir == "" {
+	if c.dir == "" || c.registry.volatile {
 		return
 	}
 	release := c.registry.disk.enter()

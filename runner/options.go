@@ -22,6 +22,7 @@ type serveOptions struct {
 	maxProcesses             uint64
 	maxOpenFiles             uint64
 	maxCommands              int
+	volatile                 bool // the spool goes with this process: records on disk would serve nobody
 	expiresIn                time.Duration
 	token                    string
 }
@@ -46,6 +47,7 @@ func parseServe(args []string) (*serveOptions, error) {
 	flags.Uint64Var(&o.maxOpenFiles, "max-open-files", 0, "")
 	expires := flags.Float64("expires-in", 0, "")
 	flags.IntVar(&o.maxCommands, "max-commands", 256, "")
+	flags.BoolVar(&o.volatile, "volatile-spool", false, "")
 	tokenName := flags.String("token-env", "", "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err

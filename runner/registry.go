@@ -36,6 +36,7 @@ func hasByte(s string, b byte) bool { return strings.IndexByte(s, b) >= 0 }
 
 // registry knows every command of this sandbox, running and finished.
 type registry struct {
+	volatile  bool   // set once, before the first command
 	dir       string // <spool>/commands
 	workspace string
 	limit     int

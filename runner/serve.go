@@ -77,6 +77,7 @@ func newServer(options *serveOptions) *server {
 		exit: make(chan int, 1), files: newGate(6)}
 	s.children = newChildren(options.maxProcesses, options.maxOpenFiles)
 	s.commands = newRegistry(options.spool, options.workspace, options.maxCommands, s.children)
+	s.commands.volatile = options.volatile
 	s.commands.load()
 	s.roots = resolvedRoots(append(options.roots(), filepath.Join(options.spool, transferDir)))
 	s.lease = newLease(options.expiresIn, func() { s.end(exitExpired) })

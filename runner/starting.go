@@ -130,7 +130,7 @@ func (c *command) launch(r *startRequest, workspace string) error {
 	c.result.StartedAtMillis = c.begunAt.UnixMilli()
 	c.lastByte.Store(c.begunAt.UnixNano())
 	c.oomBefore = oomKills()
-	if c.dir != "" {
+	if c.dir != "" && !c.registry.volatile {
 		_ = saveStart(c.dir, c.id, c.digest, c.begunAt)
 	}
 	s, err := c.hand(startMessage(r, workspace, withStdin, c.registry.children.processLimit()), plan)

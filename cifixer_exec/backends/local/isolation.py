@@ -144,7 +144,8 @@ def launch_arguments(directory: Path, identity: Identity, cgroups: list[Path], m
 
 def serve_arguments(spec: SandboxSpec, *, runner: str, workspace: str, spool: str, roots: tuple[str, ...]) -> list[str]:
     """``runner serve …`` on the inherited socket, with the sandbox's lifetime as its own lease."""
-    arguments = [runner, "serve", "--listen-fd", "3", "--spool", spool, "--workspace", workspace]
+    # The spool is memory of the sandbox: when the runner ends, it is gone too.
+    arguments = [runner, "serve", "--listen-fd", "3", "--spool", spool, "--volatile-spool", "--workspace", workspace]
     for root in roots:
         arguments += ["--allow-root", root]
     return [
