@@ -45,7 +45,7 @@ class Cgroups:
         try:
             for base in dict.fromkeys(self.bases.values()):
                 group = base / _GROUP / name
-                group.mkdir(parents=True, exist_ok=True)
+                _make(group)
                 made.append(group)
             for controller in self.bases:
                 self._limit(controller, name, limits)
@@ -112,7 +112,24 @@ def remove(groups: list[Path], *, timeout_s: float = 2.0) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.005)
+        _remove_parent(group.parent)
     return True
+
+
+def _make(group: Path) -> None:
+    """With its parent, which the removal of the last other group may take away in the same moment."""
+    for _ in range(20):
+        with suppress(FileNotFoundError):
+            group.mkdir(parents=True, exist_ok=True)
+            return
+    group.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_parent(parent: Path) -> None:
+    """The last group takes our empty directory along. (On v2 it stays: it holds the controllers that :func:`detect` switched on.)"""
+    if not (parent / "cgroup.subtree_control").exists():
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def detect() -> Cgroups | None:
@@ -194,8 +211,9 @@ def _usable_v2(mount: Path, root: str, path: str) -> Path | None:
 def _can_make_groups(base: Path) -> bool:
     trial = base / _GROUP / f"probe-{os.getpid()}-{time.monotonic_ns()}"
     try:
-        trial.mkdir(parents=True)
+        _make(trial)
         trial.rmdir()
     except OSError:
         return False
+    _remove_parent(trial.parent)
     return True
