@@ -41,12 +41,10 @@ class QueuePort:
         spec = self._spec
         if spec is None:
             raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} was attached to, so it cannot be initialised again")
-        created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
         # The op id follows from the sandbox id, so that a repeated create is the same op.
         op_id = f"create-{self._sandbox_id}"
-        op = NewOp(op_id=op_id, sandbox_id=self._sandbox_id, kind="create", create=created, timeout_s=self._wait_s)
         try:
-            await self._ask(op)
+            await self._ask(create_op(op_id, spec, wait_s=self._wait_s))
         except (asyncio.CancelledError, QueueUnavailableError):
             await asyncio.shield(self._abandon(op_id))
             raise
@@ -62,10 +60,12 @@ class QueuePort:
         await self._ask(self._op("destroy", {}))
 
     async def start(self, op_id: str, commands: Sequence[Command]) -> None:
-        await self._journal.submit(self._command_op(op_id, commands))
+        await self._journal.submit(command_op(op_id, self._sandbox_id, commands, wait_s=self._wait_s))
 
     async def run(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
-        source = self._journal.submit_and_follow(self._command_op(op_id, commands), patience_s=self._config.redis_patience_s)
+        source = self._journal.submit_and_follow(
+            command_op(op_id, self._sandbox_id, commands, wait_s=self._wait_s), patience_s=self._config.redis_patience_s
+        )
         async for item in self._until_end(op_id, source):
             yield item
 
@@ -106,18 +106,6 @@ class QueuePort:
     def _op(self, kind: str, payload: Mapping[str, Any], body: bytes = b"") -> NewOp:
         return NewOp(op_id=new_op_id(), sandbox_id=self._sandbox_id, kind=kind, payload=payload, body=body, timeout_s=self._wait_s)
 
-    def _command_op(self, op_id: str, commands: Sequence[Command]) -> NewOp:
-        payload, body = commands_payload(commands)
-        return NewOp(
-            op_id=op_id,
-            sandbox_id=self._sandbox_id,
-            kind="start",
-            payload=payload,
-            body=body,
-            timeout_s=self._wait_s,
-            run_s=run_time_s(commands),
-        )
-
     async def _ask(self, op: NewOp) -> End:
         async for item in self._journal.submit_and_follow(op, patience_s=self._config.redis_patience_s):
             if isinstance(item, End):
@@ -138,6 +126,19 @@ class QueuePort:
             if size > COLLECT_ABOVE_BYTES:
                 await self._journal.collected(op_id)
             yield _ended(item)
+
+
+def command_op(op_id: str, sandbox_id: str, commands: Sequence[Command], *, wait_s: float) -> NewOp:
+    """The op that runs ``commands``; it may wait ``wait_s`` for a worker and then run as long as they may."""
+    payload, body = commands_payload(commands)
+    run_s = run_time_s(commands)
+    return NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="start", payload=payload, body=body, timeout_s=wait_s, run_s=run_s)
+
+
+def create_op(op_id: str, spec: SandboxSpec, *, wait_s: float) -> NewOp:
+    """The op that makes a sandbox, in the pool of its backend."""
+    created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
+    return NewOp(op_id=op_id, sandbox_id=spec.sandbox_id, kind="create", create=created, timeout_s=wait_s)
 
 
 def _ended(end: End) -> Ended:

@@ -129,7 +129,10 @@ class SandboxSession:
         deadline = self._clock() + CANCEL_S
         while True:
             stopped = await self._kill(op_id, commands, grace_s)
-            if stopped or op_id not in self._running or self._clock() > deadline:
+            if op_id not in self._running:
+                self._cancelled.discard(op_id)  # nobody is there to heed it, now or later
+                return
+            if stopped or self._clock() > deadline:
                 return
             await asyncio.sleep(CANCEL_RETRY_S)
 

@@ -62,7 +62,6 @@ class AppConfig:
     read_limit_bytes: int = 256 * MIB
 
     worker_concurrency: int = 256
-    worker_prefix: str = ""
     lease_s: float = 6.0
     drain_s: float = 20.0
     reap_interval_s: float = 30.0
@@ -180,7 +179,6 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_SPOOL_LIMIT": ("spool_limit_bytes", _size),
     "CIFIXER_READ_LIMIT": ("read_limit_bytes", _size),
     "CIFIXER_WORKER_CONCURRENCY": ("worker_concurrency", int),
-    "CIFIXER_WORKER_PREFIX": ("worker_prefix", str),
     "CIFIXER_LEASE_S": ("lease_s", float),
     "CIFIXER_DRAIN_S": ("drain_s", float),
     "CIFIXER_REAP_INTERVAL_S": ("reap_interval_s", float),

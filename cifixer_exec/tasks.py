@@ -18,16 +18,16 @@ from typing import Any
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore
 
-from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.channel.portal import process_portal
 from cifixer_exec.errors import ExecutorError, InvalidRequestError
 from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
-from cifixer_exec.operations import commands_payload, new_op_id, run_time_s
+from cifixer_exec.operations import new_op_id
 from cifixer_exec.output import OutputCollector
-from cifixer_exec.queues import placement_queue, pool_queue
+from cifixer_exec.queue_port import command_op, create_op
+from cifixer_exec.queues import placement_queue
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
-from cifixer_exec.store.records import End, NewOp, NewSandbox
+from cifixer_exec.store.records import End, NewOp
 from cifixer_exec.wiring import make_journal, make_reaper, make_runtime, make_spec, worker_config, worker_queues
 from cifixer_exec.worker.runtime import DETACHED, PASSED_ON, WorkerRuntime
 from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
@@ -174,7 +174,7 @@ def _carry_out(task: Any, sandbox_id: str | None, journaled: bool, make_op: Any)
     try:
         if op is not None:
             worker.portal.call(worker.journal.submit(op))
-        outcome = worker.handle(op_id) if worker.portal.call(_is_mine(worker.journal, op_id)) else ""
+        outcome = worker.handle(op_id) if worker.portal.call(_is_mine(worker, op_id)) else ""
         if outcome in (DETACHED, PASSED_ON):
             raise CancelledError
         return worker.portal.call(_gather(worker.journal, op_id))
@@ -185,12 +185,11 @@ def _carry_out(task: Any, sandbox_id: str | None, journaled: bool, make_op: Any)
         raise Ignore from None
 
 
-async def _is_mine(journal: Journal, op_id: str) -> bool:
-    """Whether this worker's backend and placement are those of the op's sandbox: raw tasks come to any worker."""
-    op = await journal.op(op_id)
-    record = await journal.sandbox(op.sandbox_id) if op is not None else None
-    mine = make_backend(worker_config())
-    return record is not None and record.backend == mine.name and record.placement in ("", mine.placement)
+async def _is_mine(worker: WorkerRuntime, op_id: str) -> bool:
+    """Raw tasks come to any worker; only one that can reach the op's sandbox may take the op."""
+    op = await worker.journal.op(op_id)
+    record = await worker.journal.sandbox(op.sandbox_id) if op is not None else None
+    return record is not None and worker.serves(record)
 
 
 async def _gather(journal: Journal, op_id: str) -> tuple[OutputCollector, End]:
@@ -216,23 +215,13 @@ def _command_op(op_id: str, sandbox_id: str, command: Any, **options: Any) -> Ne
     given = {k: v for k, v in options.items() if v is not None}
     defaults = {"timeout_s": config.command_timeout_s, "output_limit_bytes": config.output_limit_bytes}
     parsed = Command.parse(command, stdin=stdin.encode() if isinstance(stdin, str) else stdin, **{**defaults, **given})
-    payload, body = commands_payload([parsed])
-    return NewOp(
-        op_id=op_id,
-        sandbox_id=sandbox_id,
-        kind="start",
-        payload=payload,
-        body=body,
-        timeout_s=config.start_timeout_s,
-        run_s=run_time_s([parsed]),
-    )
+    return command_op(op_id, sandbox_id, [parsed], wait_s=config.start_timeout_s)
 
 
 def _create_op(op_id: str, sandbox_id: str | None = None, **overrides: Any) -> NewOp:
     config = AppConfig.from_env(**overrides)
     spec = make_spec(config, sandbox_id)
-    created = NewSandbox(backend=spec.backend, queue=pool_queue(spec.backend), spec=spec.to_json(), lifetime_s=spec.lifetime_s)
-    return NewOp(op_id=op_id, sandbox_id=spec.sandbox_id, kind="create", create=created, timeout_s=config.start_timeout_s)
+    return create_op(op_id, spec, wait_s=config.start_timeout_s)
 
 
 def _teardown_op(op_id: str, sandbox_id: str) -> NewOp:

@@ -128,6 +128,8 @@ def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
         listen=listen,
         close=close,
         drain_s=config.drain_s,
+        backend=backend.name,
+        placement=backend.placement,
         most_ops=config.worker_concurrency - max(1, config.worker_concurrency // 8),
     )
     return runtime

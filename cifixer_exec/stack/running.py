@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cifixer_exec.backends.local.processes import start_time_of
 from cifixer_exec.settings import AppConfig
 
 _FILE = "up.json"
-_START_TIME = 19  # position behind the command name in /proc/PID/stat (proc(5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def announce(stack: AppConfig, state_dir: Path) -> None:
         state_dir=str(stack.state_dir),
         readonly_paths=stack.readonly_paths,
         pid=os.getpid(),
-        start_time=_start_time(os.getpid()) or 0,
+        start_time=start_time_of(os.getpid()) or 0,
     )
     new = state_dir / f".{_FILE}.{os.getpid()}"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)  # the URL may hold a password
@@ -59,7 +59,7 @@ def find_running(state_dir: Path) -> RunningStack | None:
     A file whose writer was killed is removed.
     """
     running = _read(state_dir / _FILE)
-    if running is not None and _start_time(running.pid) != running.start_time:
+    if running is not None and start_time_of(running.pid) != running.start_time:
         with suppress(OSError):
             (state_dir / _FILE).unlink()
         return None
@@ -74,11 +74,4 @@ def _read(path: Path) -> RunningStack | None:
             data = json.load(file)
         return RunningStack(**{**data, "readonly_paths": tuple(data["readonly_paths"])})
     except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _start_time(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[_START_TIME])
-    except (OSError, IndexError, ValueError):
         return None

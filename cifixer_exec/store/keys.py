@@ -11,15 +11,19 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,249}\Z")
 
 
+def _checked(value: str, pattern: re.Pattern[str], what: str, allowed: str) -> str:
+    if not pattern.match(value):
+        raise InvalidRequestError(f"{what} {value!r} is not usable: take {allowed}")
+    return value
+
+
 def check_namespace(value: str) -> str:
     """Return ``value`` if it can begin every key. It has no colon, so that no namespace is the beginning of another's keys.
 
     Raises:
         InvalidRequestError: it cannot.
     """
-    if not _NAMESPACE.match(value):
-        raise InvalidRequestError(f"namespace {value!r} is not usable: take 1 to 100 of the characters A-Z a-z 0-9 . _ -")
-    return value
+    return _checked(value, _NAMESPACE, "namespace", "1 to 100 of the characters A-Z a-z 0-9 . _ -")
 
 
 def check_worker_id(value: str) -> str:
@@ -28,9 +32,7 @@ def check_worker_id(value: str) -> str:
     Raises:
         InvalidRequestError: it cannot.
     """
-    if not _WORKER_ID.match(value):
-        raise InvalidRequestError(f"worker id {value!r} is not usable: take 1 to 200 of the characters A-Z a-z 0-9 . _ @ -")
-    return value
+    return _checked(value, _WORKER_ID, "worker id", "1 to 200 of the characters A-Z a-z 0-9 . _ @ -")
 
 
 def check_queue(value: str) -> str:
@@ -39,9 +41,7 @@ def check_queue(value: str) -> str:
     Raises:
         InvalidRequestError: it cannot.
     """
-    if not _QUEUE.match(value):
-        raise InvalidRequestError(f"queue {value!r} is not usable: take 1 to 250 of the characters A-Z a-z 0-9 . _ @ -")
-    return value
+    return _checked(value, _QUEUE, "queue", "1 to 250 of the characters A-Z a-z 0-9 . _ @ -")
 
 
 class Keys:

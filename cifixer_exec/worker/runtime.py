@@ -12,7 +12,7 @@ from typing import Any
 from cifixer_exec.channel.portal import Portal
 from cifixer_exec.errors import ExecutorError
 from cifixer_exec.store.journal import Journal
-from cifixer_exec.store.records import Taken
+from cifixer_exec.store.records import SandboxRecord, Taken
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
@@ -48,9 +48,13 @@ class WorkerRuntime:
         close: Callable[[], Coroutine[Any, Any, None]],
         drain_s: float,
         most_ops: int,
+        backend: str,
+        placement: str,
     ) -> None:
         self.wid = wid
         self._most_ops = most_ops
+        self._backend = backend
+        self._placement = placement
         self.journal = journal
         self.portal = portal
         self._lease_portal = lease_portal
@@ -86,6 +90,10 @@ class WorkerRuntime:
             return self.portal.call(self._handle(op_id))
         except CancelledError:
             return DETACHED
+
+    def serves(self, record: SandboxRecord) -> bool:
+        """Whether this worker can reach the sandbox, or make one that nobody has made yet."""
+        return record.backend == self._backend and record.placement in ("", self._placement)
 
     def stop(self) -> None:
         """Drain: what runs may end within ``drain_s``, the rest goes on in its sandbox for the next owner; then give the lease up."""
