@@ -1,7 +1,8 @@
 """The second lock on every sandbox: what bears our labels and should not be there any more goes.
 
 Careful by construction: it acts only on what the platform lists *and* the registry does not know as live, nothing younger than
-the creation grace, at most ``limit`` per round, and a platform or registry that does not answer ends the round.
+the creation grace, nothing unknown while the registry itself is younger than that, at most ``limit`` per round, and a platform or
+registry that does not answer ends the round.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class Reaper:
         # The platform first: what is created between the two looks is then in the registry, and not the other way round.
         found = await asyncio.to_thread(self._backend.list_owned)
         records = {r.sandbox_id: r for r in await self._journal.sandboxes()}
+        if await self._journal.age_s() < self._grace_s:
+            # Redis may just have lost everything: the owners are about to register again what lives.
+            found = [o for o in found if o.handle.sandbox_id in records]
         doomed = [o for o in found if self._is_doomed(o, records.get(o.handle.sandbox_id))][: self._limit]
         dead = await self._dead(records)
         if dry_run:

@@ -6,12 +6,15 @@ here, or ``send_task("cifixer_exec.run_command", …)`` from any process; the ta
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import os
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -32,13 +35,15 @@ from cifixer_exec.wiring import make_journal, make_reaper, make_runtime, make_sp
 from cifixer_exec.worker.runtime import DETACHED, PASSED_ON, WorkerRuntime
 from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
 
+log = logging.getLogger(__name__)
+
 app = Celery("cifixer_exec", set_as_current=False)
 app.config_from_object("cifixer_exec.celeryconfig")
 
 
 class _RuntimeStep(RuntimeStep):
     def make_runtime(self, wid: str) -> WorkerRuntime:
-        return make_runtime(worker_config(), wid=wid)
+        return make_runtime(worker_config(), wid=wid, answer=_answer)
 
 
 app.steps["worker"].add(_RuntimeStep)
@@ -98,7 +103,7 @@ class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def apply_async(  # type: ignore[override]  # the options are handed on as they are
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
     ) -> Any:
-        op = self.make_op(task_id or new_op_id(), *(args or ()), **(kwargs or {}))
+        op = replace(self.make_op(task_id or new_op_id(), *(args or ()), **(kwargs or {})), raw=True)
         process_portal().call(_client_journal(os.getpid()).submit(op))
         hidden = {"argsrepr": f"({op.sandbox_id!r}, …)", "kwargsrepr": "{}"}
         return super().apply_async((op.sandbox_id,), {"journaled": True}, task_id=op.op_id, **{**options, **hidden})
@@ -110,6 +115,13 @@ class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
         """The op that this call means."""
         raise NotImplementedError
+
+    # Celery calls these once its result backend has the answer.
+    def on_success(self, _result: Any, task_id: str, _args: Any, _kwargs: Any) -> None:
+        _strike_off(task_id)
+
+    def on_failure(self, _error: Any, task_id: str, _args: Any, _kwargs: Any, _info: Any) -> None:
+        _strike_off(task_id)
 
 
 class _RunCommand(OpTask):
@@ -140,8 +152,7 @@ def run_command(self: Any, /, sandbox_id: str, command: Any = None, *, journaled
     ``options``: env, cwd, timeout_s, stdin (text), output_limit_bytes. Streams that are not UTF-8 come in ``stdout_base64`` too.
     """
     collector, end = _carry_out(self, sandbox_id, journaled, lambda op_id: _command_op(op_id, sandbox_id, command, **options))
-    records = (end.result or {}).get("records") or [{"status": Status.KILLED, "cause": "it was cancelled before it started"}]
-    return _result_dict(collector.result(ExecRecord.from_json(records[0]), self.request.id))
+    return _command_result(self.request.id, collector, end)
 
 
 @app.task(name="cifixer_exec.create_sandbox", base=_CreateSandbox, bind=True)
@@ -170,7 +181,7 @@ def _carry_out(task: Any, sandbox_id: str | None, journaled: bool, make_op: Any)
         ExecutorError: as the op failed; Celery stores its class and message.
     """
     worker, op_id = runtime(), task.request.id
-    op = None if journaled else make_op(op_id)
+    op = None if journaled else replace(make_op(op_id), raw=True)
     try:
         if op is not None:
             worker.portal.call(worker.journal.submit(op))
@@ -190,6 +201,37 @@ async def _is_mine(worker: WorkerRuntime, op_id: str) -> bool:
     op = await worker.journal.op(op_id)
     record = await worker.journal.sandbox(op.sandbox_id) if op is not None else None
     return record is not None and worker.serves(record)
+
+
+def _strike_off(op_id: str) -> None:
+    """No janitor need look after this answer. Not waited for: if it fails one will, and finds it given."""
+    with suppress(RuntimeError):  # the worker is just ending
+        runtime().portal.submit(runtime().journal.answered(op_id))
+
+
+async def _answer(journal: Journal, op_id: str) -> None:
+    """Give Celery the answer to a raw task whose op has ended: whoever waited for it may have been killed. Doing it twice is harmless."""
+    try:
+        if not await asyncio.to_thread(app.AsyncResult(op_id).ready):
+            await asyncio.to_thread(*await _stored_answer(journal, op_id))
+            log.warning("raw task %s: its worker had gone before it could give the answer", op_id)
+    except Exception:
+        log.exception("raw task %s could not be given its answer", op_id)  # it will be tried again, and must not stop the others
+        return
+    await journal.answered(op_id)
+
+
+async def _stored_answer(journal: Journal, op_id: str) -> tuple[Any, ...]:
+    """The call that stores it, as Celery itself would have."""
+    op = await journal.op(op_id)
+    if op is None:
+        return (app.backend.mark_as_failure, op_id, ExecutorError(f"the result of op {op_id} was kept long enough"))
+    try:
+        collector, end = await _gather(journal, op_id)
+    except ExecutorError as error:
+        return (app.backend.mark_as_failure, op_id, error)
+    result = _command_result(op_id, collector, end) if op.kind == "start" else {"sandbox_id": op.sandbox_id}
+    return (app.backend.mark_as_done, op_id, result)
 
 
 async def _gather(journal: Journal, op_id: str) -> tuple[OutputCollector, End]:
@@ -226,6 +268,11 @@ def _create_op(op_id: str, sandbox_id: str | None = None, **overrides: Any) -> N
 
 def _teardown_op(op_id: str, sandbox_id: str) -> NewOp:
     return NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="destroy", timeout_s=worker_config().start_timeout_s)
+
+
+def _command_result(op_id: str, collector: OutputCollector, end: End) -> dict[str, Any]:
+    records = (end.result or {}).get("records") or [{"status": Status.KILLED, "cause": "it was cancelled before it started"}]
+    return _result_dict(collector.result(ExecRecord.from_json(records[0]), op_id))
 
 
 def _result_dict(result: ExecResult) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from cifixer_exec.store.journal import Journal
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
-from cifixer_exec.worker.runtime import WorkerRuntime
+from cifixer_exec.worker.restoration import restore
+from cifixer_exec.worker.runtime import Answer, WorkerRuntime
 
 
 @cache
@@ -89,8 +90,8 @@ async def attach_environment(config: AppConfig, sandbox_id: str) -> AsyncSandbox
     return AsyncSandboxEnvironment(port, config, sandbox_id)
 
 
-def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
-    """Everything of a worker process besides Celery."""
+def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntime:
+    """Everything of a worker process besides Celery; ``answer`` is Celery's part of it."""
     backend = make_backend(config)
     portal, lease_portal = Portal(), Portal("cifixer-lease")
     journal, lease_journal = make_journal(config), make_journal(config)
@@ -126,6 +127,8 @@ def make_runtime(config: AppConfig, *, wid: str) -> WorkerRuntime:
         ownership=ownership,
         executor=executor,
         listen=listen,
+        restore=lambda: restore(journal=journal, backend=backend, ownership=ownership),
+        answer=answer,
         close=close,
         drain_s=config.drain_s,
         backend=backend.name,

@@ -13,19 +13,23 @@
 --   sandboxes      zset    sid -> expires_ms, of all that are neither closed nor lost          -
 --   owned:<wid>    set     sids pinned to the worker                                           -
 --   op:<oid>       hash    sid kind digest payload body state epoch attempt nonce deadline_ms run_ms created_ms
---                          started_ms finished_ms rung_ms rings bell cancel result error ended_by
+--                          started_ms finished_ms rung_ms rings bell cancel raw result error ended_by
 --                                                                               - ; retention once final
 --   open:<sid>     set     ops that are queued or running                                      -
 --   live           zset    sid -> ms; a sandbox with open ops that was last looked at then     -
 --   cancelling     set     running ops whose cancellation is wanted                            -
+--   answers        zset    oid -> ms; ended ops of raw Celery tasks whose answer Celery may lack   -
+--   born           string  ms when this registry began; younger than that it knows nothing     -
 --   out:<oid>      stream  output "e i s o d", then one end entry "e end r b"   - ; retention once final
 --   lock:sweep     string  one janitor at a time                                               PX 900
---   <queue>        list    Celery's own; so are the two _kombu.binding sets touched by sweep   -
+--   <queue>        list    Celery's own; so are the three _kombu.binding sets touched by clean_worker   -
 --   ctl:<wid>      channel op ids to cancel
 --
 -- Sandbox: creating -> ready -> closing -> closed | lost   (each may also end at once)
 -- Op:      queued -> running -> done | failed | cancelled  (running -> running with a higher epoch: adopted)
 -- A final op keeps its digest but loses payload and body: secrets must not linger. A closed sandbox loses its spec.
+-- Epochs are milliseconds of the server's clock, or one more than the last: so they grow even when Redis forgets the last one,
+-- and a runner that remembers it takes the next owner all the same.
 
 local prefix = KEYS[1] .. ':'
 local retention_ms = tonumber(ARGV[2])
@@ -38,6 +42,7 @@ local FINAL = {done = true, failed = true, cancelled = true}
 local GONE = {closed = true, lost = true}
 local GRACE_MS = 60000 -- a running op past its deadline is given up this much later, if nobody owns its sandbox
 local CALM_MS = 30000 -- a sandbox whose ops all run under a living owner is looked at this much less often
+local ANSWER_MS = 1500 -- whoever waits for a raw task's op has had this long to give Celery its answer
 local KOMBU_SEP = '\6\22'
 
 local function key(kind, id)
@@ -54,11 +59,11 @@ local function load(hash, ...)
 end
 
 local function load_op(oid)
-  return load(key('op', oid), 'sid', 'kind', 'state', 'epoch', 'nonce', 'deadline_ms', 'rung_ms', 'rings')
+  return load(key('op', oid), 'sid', 'kind', 'state', 'epoch', 'nonce', 'deadline_ms', 'rung_ms', 'rings', 'raw')
 end
 
 local function load_sandbox(sid)
-  local sandbox = load(key('sandbox', sid), 'state', 'owner', 'epoch', 'queue', 'cause', 'create_op')
+  local sandbox = load(key('sandbox', sid), 'state', 'owner', 'epoch', 'queue', 'placement', 'cause', 'create_op')
   sandbox.sid = sid
   return sandbox
 end
@@ -79,7 +84,8 @@ end
 local function gone(sandbox, kind)
   local sid, cause = sandbox.sid, sandbox.cause
   if sandbox.state == '' then
-    return 'SandboxNotFoundError', 'no sandbox ' .. sid .. ' is registered: it was never made, or torn down long ago'
+    return 'SandboxNotFoundError', 'no sandbox ' .. sid .. ' is registered: it was never made, or torn down long ago, '
+      .. 'or Redis has just lost its data (then its worker registers it again: ask again in a few seconds)'
   elseif sandbox.state == 'lost' then
     return 'SandboxLostError', 'sandbox ' .. sid .. ' is lost: ' .. cause
   elseif sandbox.state == 'closed' then
@@ -132,6 +138,9 @@ local function settle(oid, op, state, json, body, ended_by)
   call('XADD', out, '*', 'e', op.epoch, 'end', state, 'r', json, 'b', body or '')
   call('PEXPIRE', hash, retention_ms)
   call('PEXPIRE', out, retention_ms)
+  if op.raw ~= '' then
+    call('ZADD', prefix .. 'answers', now, oid)
+  end
   call('SREM', open, oid)
   call('SREM', prefix .. 'cancelling', oid)
   if call('SCARD', open) == 0 then
@@ -178,10 +187,20 @@ local function shut_unmade(oid, op, sandbox, cause)
   end
 end
 
+-- Why nobody carried an op out in time, and what helps.
+local function overdue_message(oid, op, sandbox)
+  if sandbox.placement ~= '' and not alive(sandbox.owner) then
+    local fate = op.state == 'queued' and 'was never started' or 'was running when its worker went, and may have ended since'
+    return "no worker can reach placement '" .. sandbox.placement .. "', where sandbox " .. sandbox.sid .. ' lives: op ' .. oid .. ' '
+      .. fate .. '. Start a worker there, for queue ' .. sandbox.queue
+  elseif op.state == 'queued' then
+    return 'no worker took op ' .. oid .. ' from queue ' .. sandbox.queue .. ' in time: start a worker for that queue, or give more time'
+  end
+  return 'the worker that ran op ' .. oid .. ' is gone and none took over in time: start a worker for queue ' .. sandbox.queue
+end
+
 local function expire(oid, op, sandbox)
-  local message = op.state == 'queued' and 'no worker took op ' .. oid .. ' from queue ' .. sandbox.queue .. ' in time: '
-    .. 'start a worker for that queue, or give more time' or 'the worker that ran op ' .. oid .. ' is gone and none took over in time'
-  settle(oid, op, 'failed', fault('QueueUnavailableError', message))
+  settle(oid, op, 'failed', fault('QueueUnavailableError', overdue_message(oid, op, sandbox)))
   shut_unmade(oid, op, sandbox, 'no worker made it in time')
 end
 
@@ -223,7 +242,7 @@ end
 
 local verbs = {}
 
-function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms, bell, backend, queue, spec, lifetime_ms)
+function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms, raw, bell, backend, queue, spec, lifetime_ms)
   local hash = key('op', oid)
   local known = call('HMGET', hash, 'state', 'digest')
   if known[1] then
@@ -251,6 +270,9 @@ function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms,
   end
   call('HSET', hash, 'sid', sid, 'kind', kind, 'digest', digest, 'payload', payload, 'body', body, 'state', 'queued', 'epoch', 0,
        'created_ms', now, 'deadline_ms', timeout_ms ~= '' and now + timeout_ms or '', 'run_ms', run_ms, 'bell', bell)
+  if raw ~= '' then
+    call('HSET', hash, 'raw', 1)
+  end
   if ended then
     settle(oid, load_op(oid), 'done', '{}')
     return {'created', 'done'}
@@ -308,9 +330,9 @@ end
 
 local function own(sandbox, wid, oid)
   local sid, before = sandbox.sid, sandbox.owner
-  sandbox.epoch = call('HINCRBY', key('sandbox', sid), 'epoch', 1)
+  sandbox.epoch = string.format('%.0f', math.max(now, tonumber(sandbox.epoch) + 1))
   sandbox.owner = wid
-  call('HSET', key('sandbox', sid), 'owner', wid)
+  call('HSET', key('sandbox', sid), 'owner', wid, 'epoch', sandbox.epoch)
   call('SADD', key('owned', wid), sid)
   if before ~= '' then -- of a dead one that no sweep has seen yet: its other ops come along
     call('SREM', key('owned', before), sid)
@@ -463,12 +485,45 @@ function verbs.renew(wid, ttl_ms, info)
   end
   call('SET', key('worker', wid), info, 'PX', ttl_ms)
   call('SADD', prefix .. 'workers', wid)
+  call('SET', prefix .. 'born', now, 'NX')
   return {fresh and 'fresh' or 'kept'}
+end
+
+-- What Celery keeps for a worker; its queue has nothing that the journal could not ring for again.
+local function clean_worker(wid)
+  local queue = wid .. '.dq2'
+  local member = wid .. KOMBU_SEP .. KOMBU_SEP .. queue
+  call('DEL', prefix .. queue)
+  call('SREM', prefix .. '_kombu.binding.C.dq2', member)
+  call('SREM', prefix .. '_kombu.binding_permanent.C.dq2', member)
+  call('SREM', prefix .. '_kombu.binding.celery.pidbox', KOMBU_SEP .. KOMBU_SEP .. wid .. '.celery.pidbox')
+  call('SREM', prefix .. 'workers', wid)
 end
 
 function verbs.release(wid)
   call('DEL', key('worker', wid))
-  return {'ok', disown_all(wid, 1000000)}
+  local count = disown_all(wid, 1000000)
+  clean_worker(wid)
+  return {'ok', count}
+end
+
+-- A sandbox that its owner knows and the registry does not: Redis has lost data. What it ran goes on; who asks again attaches.
+function verbs.restore(sid, backend, placement, queue, spec, handle, created_ms, expires_ms)
+  if load_sandbox(sid).state ~= '' then
+    return {'known'}
+  elseif tonumber(expires_ms) <= now then
+    return {'expired'}
+  end
+  call('HSET', key('sandbox', sid), 'backend', backend, 'placement', placement, 'state', 'ready', 'owner', '', 'epoch', 0, 'spec', spec,
+       'handle', handle, 'create_op', '', 'queue', queue, 'created_ms', created_ms, 'expires_ms', expires_ms, 'cause', '')
+  call('ZADD', prefix .. 'sandboxes', expires_ms, sid)
+  return {'ok'}
+end
+
+-- How long this registry has been there: one that was just made (again) does not know what there is.
+function verbs.age()
+  call('SET', prefix .. 'born', now, 'NX')
+  return {'ok', now - call('GET', prefix .. 'born')}
 end
 
 function verbs.hand_over(wid, sid, epoch)
@@ -481,15 +536,6 @@ function verbs.hand_over(wid, sid, epoch)
 end
 
 -- ------------------------------------------------------------------------------------------ verbs: janitor
-
-local function clean_worker(wid)
-  local queue = wid .. '.dq2'
-  local member = wid .. KOMBU_SEP .. KOMBU_SEP .. queue
-  call('DEL', prefix .. queue)
-  call('SREM', prefix .. '_kombu.binding.C.dq2', member)
-  call('SREM', prefix .. '_kombu.binding_permanent.C.dq2', member)
-  call('SREM', prefix .. 'workers', wid)
-end
 
 -- A doorbell is surely lost if its list is empty. Else it may still wait there: ring more and more rarely.
 local function overdue(op, queue, reping_ms)
@@ -549,7 +595,7 @@ end
 
 function verbs.sweep(wid, limit, reping_ms)
   if not call('SET', prefix .. 'lock:sweep', wid, 'NX', 'PX', 900) then
-    return {'locked', 0, 0, 0}
+    return {'locked', 0, 0, 0, {}}
   end
   local cleaned, counts = 0, {}
   for _, other in ipairs(call('SMEMBERS', prefix .. 'workers')) do
@@ -564,7 +610,14 @@ function verbs.sweep(wid, limit, reping_ms)
   for _, sid in ipairs(call('ZRANGEBYSCORE', prefix .. 'live', '-inf', now - reping_ms, 'LIMIT', 0, limit)) do
     tend_sandbox(sid, counts, tonumber(reping_ms))
   end
-  return {'ok', counts.rung or 0, counts.expired or 0, cleaned}
+  local unanswered = call('ZRANGEBYSCORE', prefix .. 'answers', '-inf', now - ANSWER_MS, 'LIMIT', 0, limit)
+  return {'ok', counts.rung or 0, counts.expired or 0, cleaned, unanswered}
+end
+
+-- Celery has the answer to a raw task.
+function verbs.answered(oid)
+  call('ZREM', prefix .. 'answers', oid)
+  return {'ok'}
 end
 
 return verbs[ARGV[1]](unpack(ARGV, 3))

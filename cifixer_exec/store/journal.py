@@ -210,10 +210,26 @@ class Journal:
         """
         await self._call("set_expiry", sandbox_id, records.milliseconds(expires_in_s))
 
+    async def restore(self, record: SandboxRecord) -> bool:
+        """Register a living sandbox again that Redis has forgotten. False if it is registered, over, or past its expiry."""
+        spec, handle = records.dumps(record.spec, "the sandbox's spec"), records.dumps(record.handle, "the sandbox's handle")
+        place = (record.backend, record.placement, check_queue(record.queue))
+        times = (record.created_ms, record.expires_ms)
+        return _done(await self._call("restore", record.sandbox_id, *place, spec, handle, *times))
+
+    async def age_s(self) -> float:
+        """How long this registry has been there. A young one may have lost what it knew with its Redis."""
+        return int((await self._call("age"))[1]) / 1000
+
+    async def answered(self, op_id: str) -> None:
+        """Celery's result backend has the answer to a raw task."""
+        await self._call("answered", op_id)
+
     async def sweep(self, wid: str, *, limit: int = 200, reping_s: float = 2.0) -> Swept:
         """The janitor's round: ring lost doorbells again, end what is overdue, clean up after dead workers."""
-        word, rung, expired, cleaned = await self._call("sweep", wid, limit, records.milliseconds(reping_s))
-        return Swept(rung=rung, expired=expired, cleaned=cleaned, locked=word == b"locked")
+        word, rung, expired, cleaned, unanswered = await self._call("sweep", wid, limit, records.milliseconds(reping_s))
+        answers = tuple(op_id.decode() for op_id in unanswered)
+        return Swept(rung=rung, expired=expired, cleaned=cleaned, unanswered=answers, locked=word == b"locked")
 
     # ------------------------------------------------------------------------------------------------- reading
 

@@ -37,7 +37,7 @@ class NewSandbox:
 @dataclass(frozen=True, kw_only=True)
 class NewOp:
     """One op to submit. ``timeout_s`` bounds how long it may wait for a worker, ``run_s`` how long it may take from then on
-    (None: until the same deadline). ``create`` belongs to kind ``create`` alone.
+    (None: until the same deadline). ``create`` belongs to kind ``create`` alone. ``raw``: a Celery task of the same id waits for it.
     """
 
     op_id: str
@@ -47,6 +47,7 @@ class NewOp:
     body: bytes = b""
     timeout_s: float | None = None
     run_s: float | None = None
+    raw: bool = False
     create: NewSandbox | None = None
 
 
@@ -95,11 +96,15 @@ class NotTaken:
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
-    """What a sweep did: doorbells rung, ops ended, dead workers cleaned up. ``locked``: another sweep was just there."""
+    """What a sweep did: doorbells rung, ops ended, dead workers cleaned up. ``locked``: another sweep was just there.
+
+    ``unanswered``: ended ops of raw Celery tasks, whose answer may have been lost with the worker that waited for them.
+    """
 
     rung: int
     expired: int
     cleaned: int
+    unanswered: tuple[str, ...] = ()
     locked: bool = False
 
 
@@ -229,7 +234,8 @@ def submit_arguments(op: NewOp) -> list[bytes | str | int]:
         )
     timeout_s, run_s = check_timeout_s(op.timeout_s), check_timeout_s(op.run_s, "run_s")
     payload = dumps(op.payload, f"the payload of op {op.op_id}")
-    return [op.op_id, op.sandbox_id, op.kind, digest_of(op), payload, op.body, *(_optional_ms(t) for t in (timeout_s, run_s))]
+    times = (_optional_ms(timeout_s), _optional_ms(run_s))
+    return [op.op_id, op.sandbox_id, op.kind, digest_of(op), payload, op.body, *times, "1" if op.raw else ""]
 
 
 def sandbox_arguments(create: NewSandbox | None) -> list[bytes | str | int]:

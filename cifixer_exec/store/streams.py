@@ -85,6 +85,7 @@ async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequen
     """See :meth:`~cifixer_exec.store.journal.Journal.follow`. ``first`` are entries that were read already."""
     merge, entries = Merge(), list(first)
     patience = _Patience(reader, patience_s)
+    block_s = _BLOCK_S
     while True:
         for entry in entries:
             after = entry.entry_id
@@ -95,25 +96,27 @@ async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequen
             if chunk is not None:
                 yield chunk
         try:
-            entries = await _next_entries(reader, after)
+            entries = await _next_entries(reader, after, block_s)
             patience.renew()
+            block_s = _BLOCK_S
         except (RedisConnectionError, RedisTimeoutError) as error:
             entries = []
+            block_s = 0  # a server that comes back may have lost its data: that is to be known at once
             await patience.wait(error)
         except RedisError as error:
             raise translate(error, server_name(reader.redis)) from error
 
 
-async def _next_entries(reader: Reader, after: str) -> list[Entry]:
+async def _next_entries(reader: Reader, after: str, block_s: float) -> list[Entry]:
     """The next entries. If none come, the record tells whether any will."""
-    entries = await reader.read(after, _BLOCK_S)
+    entries = await reader.read(after, block_s)
     if entries:
         return entries
     record = await reader.op()
     if record is None:
         raise QueueUnavailableError(
             f"op {reader.op_id} is not in the journal of Redis at {server_name(reader.redis)}: it was never submitted there, its result"
-            " was kept long enough, or Redis lost its data"
+            " was kept long enough, or Redis lost its data. Submit it again under the same op id: what its sandbox has run is not run twice"
         )
     if not record.final:
         await reader.tend()

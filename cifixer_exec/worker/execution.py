@@ -25,6 +25,10 @@ from cifixer_exec.worker.publisher import FencedError, Publisher
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: A runner that refuses its registered owner gets so many chances, with a pause before each: about 4 s.
+MOST_ATTEMPTS_WHEN_STALE = 8
+STALE_PAUSE_S = 0.5
+
 
 @dataclass(frozen=True)
 class _Running:
@@ -55,9 +59,12 @@ class Executor:
         """Carry out ``taken`` and record its end. Never raises for what went wrong with the op itself."""
         try:
             await self._kinds.get(taken.kind, self._call)(taken)
-        except (FencedError, EpochStaleError):
-            log.warning("op %s: fenced, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
+        except FencedError:
+            log.warning("op %s: fenced by Redis, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
             self._ownership.drop(taken.sandbox_id)
+        except EpochStaleError:
+            log.warning("op %s: fenced by the runner, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
+            await self._superseded(taken)
         except ExecutorError as error:
             await self._failed(taken, error)
         except Exception as error:
@@ -72,6 +79,18 @@ class Executor:
             await self._fail(taken, error)
         except FencedError:
             log.warning("op %s: fenced, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
+
+    async def _superseded(self, taken: Taken) -> None:
+        """The runner has seen a newer owner. If the registry has not, one of them is wrong: Redis forgot, its clock was set back, or
+        hostile code answers for the runner. A new epoch helps in all cases but the last, and the caller must not wait for ever.
+        """
+        self._ownership.drop(taken.sandbox_id)
+        if taken.attempt >= MOST_ATTEMPTS_WHEN_STALE:
+            await self._failed(taken, SandboxLostError("the sandbox's runner claims a newer owner again and again, and there is none"))
+            return
+        await asyncio.sleep(STALE_PAUSE_S)
+        if await persist(lambda: self._journal.hand_over(self._wid, taken.sandbox_id, taken.epoch)):
+            log.warning("sandbox %s: its runner knows a newer owner than the registry; it gets a new epoch", taken.sandbox_id)
 
     async def cancel(self, op_id: str) -> None:
         """Kill the commands of an op, if this worker runs it."""
@@ -98,6 +117,7 @@ class Executor:
         if not registered:
             # Another worker may have adopted the creation: the sandbox is the same one (its name is), so it is not ours to destroy.
             raise FencedError
+        self._ownership.remember(taken, handle)
         await self._done(taken, handle.to_json())
 
     async def _unmake(self, handle: SandboxHandle) -> None:
@@ -121,6 +141,7 @@ class Executor:
         closed = await self._close(taken, state="closed", cause="its user asked for that")
         if not closed:
             raise FencedError
+        self._ownership.forget(taken.sandbox_id)
         await self._done(taken, {})
 
     async def _start(self, taken: Taken) -> None:
@@ -189,6 +210,7 @@ class Executor:
         self._ownership.drop(taken.sandbox_id)
         if not await self._close(taken, state="lost", cause=cause):
             raise FencedError
+        self._ownership.forget(taken.sandbox_id)
         if taken.handle is not None:
             try:
                 await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.errors import SandboxLostError
 from cifixer_exec.model import SandboxHandle, SandboxSpec
 from cifixer_exec.sandbox import SandboxSession
 from cifixer_exec.store.records import Taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownSandbox:
+    """What it takes to register a sandbox again."""
+
+    handle: SandboxHandle
+    spec: Mapping[str, Any]
 
 
 class Ownership:
@@ -16,6 +28,8 @@ class Ownership:
         self._backend = backend
         self._wid = wid
         self._sessions: dict[str, tuple[int, SandboxSession]] = {}
+        #: Registered sandboxes that this worker owned when it last heard of them, for the case that Redis forgets them.
+        self._known: dict[str, KnownSandbox] = {}
 
     def session(self, taken: Taken) -> SandboxSession:
         """The session for a granted op; a new epoch gets a new one, which fences the old in the runner too.
@@ -30,7 +44,9 @@ class Ownership:
             session.close()
         if taken.handle is None:
             raise SandboxLostError(f"sandbox {taken.sandbox_id!r} was never ready")
-        return self.add(taken, SandboxHandle.from_json(taken.handle))
+        handle = SandboxHandle.from_json(taken.handle)
+        self.remember(taken, handle)
+        return self.add(taken, handle)
 
     def add(self, taken: Taken, handle: SandboxHandle) -> SandboxSession:
         """A session for a sandbox that was just made or found."""
@@ -38,6 +54,19 @@ class Ownership:
         session = SandboxSession(self._backend, handle, spec, epoch=taken.epoch, client=self._wid)
         self._sessions[taken.sandbox_id] = (taken.epoch, session)
         return session
+
+    def remember(self, taken: Taken, handle: SandboxHandle) -> None:
+        """The sandbox is registered as ready."""
+        self._known[taken.sandbox_id] = KnownSandbox(handle=handle, spec=taken.spec)
+
+    def forget(self, sandbox_id: str) -> None:
+        """The sandbox is over."""
+        self._known.pop(sandbox_id, None)
+
+    @property
+    def known(self) -> Mapping[str, KnownSandbox]:
+        """By sandbox id; what another worker ended meanwhile is still in it."""
+        return dict(self._known)
 
     def drop(self, sandbox_id: str) -> None:
         """Close the channel; the sandbox itself is left as it is."""

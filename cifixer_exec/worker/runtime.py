@@ -29,6 +29,10 @@ DETACHED, PASSED_ON, BUSY = "detached", "passed on", "busy"
 
 #: Listens for op ids to cancel, for ever; given by the wiring.
 Listen = Callable[[Callable[[str], None]], Awaitable[None]]
+#: Registers again what Redis has forgotten of this worker's sandboxes; given by the wiring.
+Restore = Callable[[], Awaitable[object]]
+#: Gives Celery the answer to a raw task whose op has ended; given by whoever knows Celery.
+Answer = Callable[[Journal, str], Awaitable[None]]
 
 
 class WorkerRuntime:
@@ -45,6 +49,8 @@ class WorkerRuntime:
         ownership: Ownership,
         executor: Executor,
         listen: Listen,
+        restore: Restore,
+        answer: Answer,
         close: Callable[[], Coroutine[Any, Any, None]],
         drain_s: float,
         most_ops: int,
@@ -62,11 +68,14 @@ class WorkerRuntime:
         self._ownership = ownership
         self._executor = executor
         self._listen = listen
+        self._restore = restore
+        self._answer = answer
         self._close = close
         self._drain_s = drain_s
         self._background: list[Future[Any]] = []
         self._active: set[asyncio.Task[Any]] = set()
         self._cancels: dict[str, asyncio.Task[None]] = {}
+        self._restoring: asyncio.Task[None] | None = None
         self._draining = False
         self.stopped = False
 
@@ -120,6 +129,19 @@ class WorkerRuntime:
         for task in self._active:
             task.cancel()
         self._ownership.drop_all()
+        if self._restoring is None or self._restoring.done():
+            self._restoring = asyncio.ensure_future(self._restore_all())
+
+    async def _restore_all(self) -> None:
+        """A lease that is gone may be gone with all that Redis knew."""
+        while True:
+            try:
+                await self._restore()
+            except ExecutorError as error:
+                log.warning("whether Redis forgot sandboxes is not known yet: %s", error)
+                await asyncio.sleep(SWEEP_INTERVAL_S)
+            else:
+                return
 
     async def _handle(self, op_id: str) -> str:
         if self._draining or not self._lease.valid():
@@ -156,7 +178,8 @@ class WorkerRuntime:
 
     async def _sweep(self) -> None:
         if not self._draining and self._lease.valid():
-            await self.journal.sweep(self.wid)
+            for op_id in (await self.journal.sweep(self.wid)).unanswered:
+                await self._answer(self.journal, op_id)
 
     async def _check_cancelled(self) -> None:
         """The pub/sub message may have been missed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -35,7 +35,7 @@ STEPS = [
     *["hear"] * 7,
     *["publish", "finish", "hear_again"] * 3,
     *["lapse", "renew"] * 2,
-    *["create", "cancel", "lose_bell", "release", "hand_over", "reap", "sweep"],
+    *["create", "cancel", "lose_bell", "double_bell", "release", "hand_over", "reap", "sweep", "forget"],
 ]
 
 
@@ -119,7 +119,9 @@ class JournalMachine(RuleBasedStateMachine):
         getattr(self, what)(sid, wid, n)
 
     def create(self, sid: str, wid: str, n: int) -> None:
-        # One create per sandbox; later ones are repetitions.
+        # One create per sandbox; later ones are repetitions, or refused where the sandbox is all that Redis knows.
+        if f"create-{sid}" not in self.ops and self.hash("sandbox", sid):
+            return
         create = NewSandbox(backend="local", queue="pool", spec={}, lifetime_s=1000)
         new = self.do(self.journal.submit(NewOp(op_id=f"create-{sid}", sandbox_id=sid, kind="create", create=create)))
         assert new.created == (f"create-{sid}" not in self.ops)
@@ -137,6 +139,8 @@ class JournalMachine(RuleBasedStateMachine):
         assert not self.do(self.journal.submit(op)).created
 
     def cancel(self, sid: str, wid: str, n: int) -> None:
+        if not self.ops:
+            return
         op_id = sorted(self.ops)[n % len(self.ops)]
         before = self.hash("op", op_id)[b"state"].decode()
         after = self.do(self.journal.cancel(op_id))
@@ -159,6 +163,26 @@ class JournalMachine(RuleBasedStateMachine):
     def lose_bell(self, sid: str, wid: str, n: int) -> None:
         self.client.rpop(f"{self.ns}:{'pool' if n % 2 else f'{wid}.dq2'}")
 
+    def double_bell(self, sid: str, wid: str, n: int) -> None:
+        """As kombu does when it restores what a worker had not acknowledged."""
+        queue = f"{self.ns}:{'pool' if n % 2 else f'{wid}.dq2'}"
+        if message := self.client.lindex(queue, n % 3):
+            self.client.lpush(queue, message)
+
+    def forget(self, sid: str, wid: str, n: int) -> None:
+        """Redis loses all it had; then somebody registers again what lives."""
+        if n % 4:
+            return
+        records = self.do(self.journal.sandboxes())
+        self.do(self.journal.purge())
+        self.ops.clear()
+        self.grants.clear()
+        self.heard.clear()
+        for record in records:
+            if record.state == "ready":
+                assert self.do(self.journal.restore(record))
+            assert not self.do(self.journal.restore(replace(record, expires_ms=1))), "neither twice nor past its end"
+
     def take(self, wid: str, op_id: str) -> Grant | None:
         nonce = uuid4().hex
         before = self.hash("sandbox", self.hash("op", op_id)[b"sid"].decode())[b"owner"].decode()
@@ -177,6 +201,8 @@ class JournalMachine(RuleBasedStateMachine):
         return self.grants[-1]
 
     def publish(self, sid: str, wid: str, n: int) -> None:
+        if not self.grants:
+            return
         grant = self.pick(n)
         before, held = self.client.xlen(f"{self.ns}:out:{grant.op_id}"), self.holds_op(grant)
         chunk = OutputChunk(stream=Stream.STDOUT, offset=0, data=b"x")
@@ -185,7 +211,8 @@ class JournalMachine(RuleBasedStateMachine):
         assert self.client.xlen(f"{self.ns}:out:{grant.op_id}") == before + landed
 
     def finish(self, sid: str, wid: str, n: int) -> None:
-        self.end(self.pick(n), good=n % 4 > 0)
+        if self.grants:
+            self.end(self.pick(n), good=n % 4 > 0)
 
     def end(self, grant: Grant, good: bool) -> None:
         """What a worker does when the work is done."""
@@ -219,6 +246,8 @@ class JournalMachine(RuleBasedStateMachine):
         assert self.do(self.journal.release(wid)) == owned
 
     def hand_over(self, sid: str, wid: str, n: int) -> None:
+        if not self.grants:
+            return
         grant = self.pick(n)
         held = self.holds_sandbox(grant) and self.hash("sandbox", grant.sid)[b"state"] not in (b"closed", b"lost")
         assert self.do(self.journal.hand_over(grant.wid, grant.sid, grant.epoch)) == held
@@ -270,8 +299,9 @@ class JournalMachine(RuleBasedStateMachine):
                 assert (sid in listed) != over
                 owners = [w for w in WORKERS if sid in self.members("owned", w)]
                 assert owners == ([] if over or not sandbox[b"owner"] else [sandbox[b"owner"].decode()])
-                assert int(sandbox[b"epoch"]) >= self.epochs.get(sid, 0), "epochs only grow"
-                self.epochs[sid] = int(sandbox[b"epoch"])
+                if epoch := int(sandbox[b"epoch"]):  # 0: nobody has owned it yet, or since Redis lost its data
+                    assert epoch >= self.epochs.get(sid, 0), "epochs only grow, even over a loss of all data"
+                    self.epochs[sid] = epoch
                 opened = self.members("open", sid)
                 assert all(self.hash("op", o)[b"state"] in (b"queued", b"running") for o in opened)
                 assert (sid in live) == bool(opened)
