@@ -88,6 +88,12 @@ func (c *connection) fence(highest uint64) {
 	c.expel(faultf(codeEpochStale, "epoch %d: the sandbox has a newer owner with epoch %d", c.epoch, highest))
 }
 
+func (c *connection) isStale() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stale
+}
+
 func (c *connection) abandonCalls() {
 	c.mu.Lock()
 	var open []*call

@@ -61,7 +61,6 @@ type pathRequest struct {
 }
 
 func (s *server) stat(r *request) (any, error) {
-	defer s.files.enter()()
 	var args pathRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err
@@ -81,7 +80,6 @@ func (s *server) stat(r *request) (any, error) {
 }
 
 func (s *server) mkdir(r *request) (any, error) {
-	defer s.files.enter()()
 	var args pathRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err
@@ -103,7 +101,6 @@ func (s *server) mkdir(r *request) (any, error) {
 }
 
 func (s *server) remove(r *request) (any, error) {
-	defer s.files.enter()()
 	var args pathRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err

@@ -28,7 +28,6 @@ type listing struct {
 }
 
 func (s *server) listFiles(r *request) (any, error) {
-	defer s.files.enter()()
 	var args struct {
 		Path      text `json:"path"`
 		Recursive bool `json:"recursive"`

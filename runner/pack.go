@@ -26,7 +26,6 @@ type packReply struct {
 }
 
 func (s *server) pack(r *request) (any, error) {
-	defer s.files.enter()()
 	var args packRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err

@@ -11,11 +11,13 @@ import (
 const maxFinished = 1000
 
 // checkOpID: an op id is also a file name, so "." and ".." must not pass.
-func checkOpID(id string) error {
+func checkOpID(id string) error { return checkID("op_id", id) }
+
+func checkID(what, id string) error {
 	if isName(id, "._:-") && !hasByte(".:-", id[0]) {
 		return nil
 	}
-	return faultf(codeInvalid, "op_id %q: 1 to 128 of A-Z a-z 0-9 . _ : -, beginning with a letter, digit or _", shorten(id, 80))
+	return faultf(codeInvalid, "%s %q: 1 to 128 of A-Z a-z 0-9 . _ : -, beginning with a letter, digit or _", what, shorten(id, 80))
 }
 
 // isName is true for 1 to 128 letters, digits and extra characters. No regular expressions: to
@@ -48,11 +50,12 @@ type registry struct {
 	known   map[string]*command
 	running int
 	ended   []*command // finished, oldest first
+	dropped *dropped
 }
 
 func newRegistry(spool, workspace string, limit int, c *children) *registry {
 	return &registry{dir: filepath.Join(spool, commandsDir), workspace: workspace, limit: limit, children: c,
-		disk: newGate(8), rings: &budget{left: ringsTotal}, known: map[string]*command{}}
+		disk: newGate(8), rings: &budget{left: ringsTotal}, known: map[string]*command{}, dropped: newDropped()}
 }
 
 // start runs a command, or finds the one that already has this op id.
@@ -81,9 +84,15 @@ func (r *registry) claim(request *startRequest) (*command, bool, error) {
 	defer r.mu.Unlock()
 	if c := r.known[request.OpID]; c != nil {
 		if c.digest != request.Digest {
-			return nil, false, faultf(codeOpConflict, "op_id %q already names another command; use a new op id", request.OpID)
+			return nil, false, opConflict(request.OpID)
 		}
 		return c, false, nil
+	}
+	if r.dropped.has(request.OpID) {
+		if !r.dropped.sameDigest(request.OpID, request.Digest) {
+			return nil, false, opConflict(request.OpID)
+		}
+		return r.ghost(request.OpID, request.Digest), false, nil
 	}
 	if r.running >= r.limit {
 		return nil, false, faultf(codeBusy, "%d commands run in this sandbox, which is its limit; wait for one to end", r.running)
@@ -92,6 +101,10 @@ func (r *registry) claim(request *startRequest) (*command, bool, error) {
 	r.known[c.id] = c
 	r.running++
 	return c, true, nil
+}
+
+func opConflict(id string) error {
+	return faultf(codeOpConflict, "op_id %q already names another command; use a new op id", id)
 }
 
 // makeDir gives the command's spool directory, or "" on a full disk: a command that frees
@@ -142,12 +155,18 @@ func (r *registry) retire(c *command) {
 	if len(r.ended) > maxFinished {
 		old = r.ended[0]
 		r.ended = r.ended[1:]
-		delete(r.known, old.id)
+		r.drop(old)
 	}
 	r.mu.Unlock()
 	if old != nil {
 		old.discard()
 	}
+}
+
+// drop forgets a finished command's record, but not that it ran; r.mu is held.
+func (r *registry) drop(c *command) {
+	delete(r.known, c.id)
+	r.dropped.add(c)
 }
 
 func (c *command) discard() {
@@ -162,13 +181,16 @@ func (c *command) discard() {
 // find gives a command that was started.
 func (r *registry) find(id string) (*command, error) {
 	r.mu.Lock()
-	c := r.known[id]
+	c, gone := r.known[id], r.dropped.has(id)
 	r.mu.Unlock()
 	if c != nil {
 		<-c.started
 		if c.startErr == nil {
 			return c, nil
 		}
+	}
+	if gone {
+		return nil, faultf(codeOpUnknown, "command %q: %s", shorten(id, 140), droppedCause)
 	}
 	return nil, faultf(codeOpUnknown, "no command with op_id %q is known here", shorten(id, 140))
 }
@@ -184,7 +206,7 @@ func (r *registry) forget(id string) error {
 	r.mu.Lock()
 	present := r.known[id] == c
 	if present {
-		delete(r.known, id)
+		r.drop(c)
 		for i, other := range r.ended {
 			if other == c {
 				r.ended = append(r.ended[:i:i], r.ended[i+1:]...)
@@ -251,7 +273,7 @@ func (r *registry) load() {
 		return r.ended[i].result.StartedAtMillis < r.ended[j].result.StartedAtMillis
 	})
 	for len(r.ended) > maxFinished {
-		delete(r.known, r.ended[0].id)
+		r.drop(r.ended[0])
 		r.ended[0].discard()
 		r.ended = r.ended[1:]
 	}

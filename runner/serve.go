@@ -28,6 +28,7 @@ type server struct {
 	bootID   string
 	children *children
 	commands *registry
+	answers  *answers
 	lease    *lease
 	roots    []string
 	files    gate
@@ -74,7 +75,7 @@ func newServer(options *serveOptions) *server {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id)
 	s := &server{options: options, bootID: hex.EncodeToString(id), connections: map[*connection]struct{}{},
-		exit: make(chan int, 1), files: newGate(6)}
+		exit: make(chan int, 1), files: newGate(6), answers: newAnswers()}
 	s.children = newChildren(options.maxProcesses, options.maxOpenFiles)
 	s.commands = newRegistry(options.spool, options.workspace, options.maxCommands, s.children)
 	s.commands.volatile = options.volatile

@@ -49,7 +49,6 @@ type writeReply struct {
 }
 
 func (s *server) write(r *request) (any, error) {
-	defer s.files.enter()()
 	var args writeRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err
@@ -167,7 +166,6 @@ func checksum(content io.Reader) (string, error) {
 }
 
 func (s *server) abortWrite(r *request) (any, error) {
-	defer s.files.enter()()
 	var args writeRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err

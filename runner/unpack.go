@@ -25,7 +25,6 @@ type unpackReply struct {
 }
 
 func (s *server) unpack(r *request) (any, error) {
-	defer s.files.enter()()
 	var args unpackRequest
 	if err := r.document.decode(&args); err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"sync"
 )
 
@@ -24,8 +25,12 @@ func (r *request) release() {
 	})
 }
 
-// verb handles a request: it returns the answer, or has arranged for it (answerLater).
-type verb func(s *server, r *request) (any, error)
+// verb handles a request: run returns the answer, or has arranged for it (answerLater).
+type verb struct {
+	run   func(s *server, r *request) (any, error)
+	turns bool // it waits for its turn with the file system
+	once  bool // a repetition would do something again, so it may carry a request_id; its answers are small
+}
 
 // answerLater is what a verb returns whose call is answered by an attachment or by itself.
 type answerLater struct{}
@@ -33,17 +38,34 @@ type answerLater struct{}
 type nothing struct{} // {}
 
 var verbs = map[string]verb{
-	"start": (*server).start, "attach": (*server).attach, "status": (*server).status, "list": (*server).list,
-	"stdin": (*server).stdin, "signal": (*server).signal, "kill": (*server).kill, "forget": (*server).forget,
-	"write": (*server).write, "abort_write": (*server).abortWrite, "read": (*server).read, "stat": (*server).stat,
-	"list_files": (*server).listFiles, "mkdir": (*server).mkdir, "remove": (*server).remove,
-	"pack": (*server).pack, "unpack": (*server).unpack,
-	"extend": (*server).extend, "stats": (*server).statsVerb, "shutdown": (*server).shutdownVerb,
+	"start":       {run: (*server).start},
+	"attach":      {run: (*server).attach},
+	"status":      {run: (*server).status},
+	"list":        {run: (*server).list},
+	"stdin":       {run: (*server).stdin},
+	"signal":      {run: (*server).signal, once: true},
+	"kill":        {run: (*server).kill},
+	"forget":      {run: (*server).forget, once: true},
+	"write":       {run: (*server).write, turns: true, once: true},
+	"abort_write": {run: (*server).abortWrite, turns: true, once: true},
+	"read":        {run: (*server).read}, // it waits for room for its answer first
+	"stat":        {run: (*server).stat, turns: true},
+	"list_files":  {run: (*server).listFiles, turns: true},
+	"mkdir":       {run: (*server).mkdir, turns: true, once: true},
+	"remove":      {run: (*server).remove, turns: true, once: true},
+	"pack":        {run: (*server).pack, turns: true, once: true},
+	"unpack":      {run: (*server).unpack, turns: true, once: true},
+	"extend":      {run: (*server).extend},
+	"stats":       {run: (*server).statsVerb},
+	"shutdown":    {run: (*server).shutdownVerb},
 }
 
 func (s *server) handle(r *request) {
 	defer r.release()
 	answer, err := s.dispatch(r)
+	if errors.Is(err, errFenced) {
+		return
+	}
 	if err != nil {
 		r.call.fail(err)
 		return
@@ -60,11 +82,47 @@ func (s *server) dispatch(r *request) (any, error) {
 	if err := r.document.decode(&named); err != nil {
 		return nil, err
 	}
-	run, known := verbs[named.Verb]
+	v, known := verbs[named.Verb]
 	if !known {
 		return nil, faultf(codeInvalid, "verb %q is not known to this runner", shorten(named.Verb, 40))
 	}
-	return run(s, r)
+	if v.once {
+		return s.performOnce(named.Verb, v, r)
+	}
+	return s.perform(v, r)
+}
+
+// performOnce heeds the request's id, if it has one.
+func (s *server) performOnce(name string, v verb, r *request) (any, error) {
+	var args struct {
+		RequestID *string `json:"request_id"`
+	}
+	if err := r.document.decode(&args); err != nil {
+		return nil, err
+	}
+	if args.RequestID == nil {
+		return s.perform(v, r)
+	}
+	if err := checkID("request_id", *args.RequestID); err != nil {
+		return nil, err
+	}
+	digest, err := r.document.digest(s.answers.seed)
+	if err != nil {
+		return nil, err
+	}
+	key := requestKey{name, *args.RequestID}
+	return s.answers.once(key, digest, r.call.cancelled, func() (any, error) { return s.perform(v, r) })
+}
+
+// perform runs a verb when its turn has come, unless its connection was fenced meanwhile.
+func (s *server) perform(v verb, r *request) (any, error) {
+	if v.turns {
+		defer s.files.enter()()
+	}
+	if r.connection.isStale() {
+		return nil, errFenced
+	}
+	return v.run(s, r)
 }
 
 func (s *server) start(r *request) (any, error) {

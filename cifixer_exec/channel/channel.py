@@ -1,7 +1,8 @@
 """The channel to one sandbox: a connection that is made again after a cut and goes on where it was.
 
-Every verb is idempotent in the runner (commands by op id, stdin and files by offset), so a request whose answer was
-lost is simply sent again, and output is asked for from the first byte not yet seen.
+Every verb can be repeated (commands are known by their op id, stdin is by offset, what else changes something is known by
+the request's id), so a request whose answer was lost is simply sent again, and output is asked for from the first byte not
+yet seen.
 """
 
 from __future__ import annotations
@@ -87,26 +88,41 @@ def translate(error: RunnerError) -> ExecutorError:
 class Channel:
     """Used on one event loop. :meth:`close` leaves the sandbox and its commands as they are."""
 
-    def __init__(self, *, dial: Dial, inspect: Inspect, epoch: int, client: str, token: str = "", reconnect_s: float = RECONNECT_S) -> None:
+    def __init__(
+        self,
+        *,
+        dial: Dial,
+        inspect: Inspect,
+        epoch: int,
+        client: str,
+        token: str = "",
+        boot_id: str | None = None,
+        reconnect_s: float = RECONNECT_S,
+    ) -> None:
         self._dial = dial
         self._inspect = inspect
         self._hello = {"epoch": epoch, "client": client, "token": token}
         self._reconnect_s = reconnect_s
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
-        self._boot_id: str | None = None
+        self._boot_id = boot_id
         self._malformed = 0
         self._cuts = 0
         self._counted: Connection | None = None
 
-    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"", *, request_id: str | None = None) -> Answer:
         """One verb of the runner, sent again after a cut.
+
+        Under the same ``request_id`` the runner does it once, whoever asks and over whatever connection, and gives the
+        first answer again. For verbs that read, and that are idempotent by themselves, it means nothing.
 
         Raises:
             SandboxLostError: the sandbox is gone, or cannot be reached any more.
             EpochStaleError: another worker owns the sandbox now.
             ExecutorError: what the runner refused (see :func:`translate`).
         """
+        if request_id is not None:
+            arguments = {**arguments, "request_id": request_id}
         while True:
             connection = await self._connected()
             try:
