@@ -270,6 +270,9 @@ class ExecRecord:
 
 _RECORD_MEMBERS = tuple(f.name for f in fields(ExecRecord))
 
+#: Of a command that was cancelled while it waited.
+NEVER_BEGUN = ExecRecord(status=Status.KILLED, cause="it was cancelled before it started")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecResult:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import ExecutorError, InvalidRequestError, QueueUnavailableError, SandboxLostError, SandboxNotFoundError
-from cifixer_exec.model import Command, Ended, ExecRecord, OutputChunk, SandboxSpec, Status
+from cifixer_exec.model import NEVER_BEGUN, Command, Ended, ExecRecord, OutputChunk, SandboxSpec
 from cifixer_exec.operations import commands_payload, new_op_id, run_time_s
 from cifixer_exec.queues import pool_queue
 from cifixer_exec.settings import AppConfig
@@ -145,6 +145,6 @@ def _ended(end: End) -> Ended:
     if end.error is not None:
         raise end.error
     if end.state == "cancelled":
-        return Ended(records=(ExecRecord(status=Status.KILLED, cause="it was cancelled before it started"),))
+        return Ended(records=(NEVER_BEGUN,))
     records = (end.result or {}).get("records") or []
     return Ended(records=tuple(ExecRecord.from_json(r) for r in records))

@@ -101,6 +101,8 @@ class Reaper:
         for record in records.values():
             if record.backend != self._backend.name or record.placement != self._backend.placement or record.handle is None:
                 continue
+            if record.state == "closing" and self._clock() < record.expires_ms / 1000:
+                continue  # it is just being torn down, and that is no loss
             inspection = await asyncio.to_thread(self._backend.inspect, SandboxHandle.from_json(record.handle))
             if not inspection.alive:
                 dead[record.sandbox_id] = inspection.cause

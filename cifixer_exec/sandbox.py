@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from cifixer_exec.backends.base import Backend
@@ -15,6 +16,7 @@ from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import InvalidRequestError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import (
     MAX_BODY_BYTES,
+    NEVER_BEGUN,
     Command,
     Ended,
     ExecRecord,
@@ -26,6 +28,7 @@ from cifixer_exec.model import (
     Stream,
     with_env,
 )
+from cifixer_exec.operations import new_op_id
 from cifixer_exec.output import OutputGate
 
 #: The runner's verbs that may be asked for from outside; start, kill and extend have ways of their own.
@@ -47,7 +50,12 @@ VERBS = frozenset(
         "stats",
     }
 )
+#: Those of them that would lie or do something twice when asked again, so they are sent with an id: the runner does them once.
+#: Stdin is not among them, it goes by offset.
+ONCE_VERBS = frozenset({"signal", "forget", "write", "abort_write", "mkdir", "remove", "pack", "unpack"})
 READ_OUTPUT = "read_output"
+#: In a handle's data.
+BOOT_ID = "boot_id"
 CANCEL_RETRY_S = 0.05
 #: How long a cancel waits for the one who follows the op to see its end.
 CANCEL_S = 10.0
@@ -65,7 +73,14 @@ class SandboxSession:
         self._clock = clock
         self._cancelled: set[str] = set()
         self._running: set[str] = set()
-        self.channel = Channel(dial=backend.dial(handle), inspect=self.inspect, epoch=epoch, client=client, token=backend.token(handle))
+        self.channel = Channel(
+            dial=backend.dial(handle),
+            inspect=self.inspect,
+            epoch=epoch,
+            client=client,
+            token=backend.token(handle),
+            boot_id=handle.data.get(BOOT_ID),
+        )
 
     async def inspect(self) -> Inspection:
         """Alive or not; asks the platform in a thread."""
@@ -89,7 +104,7 @@ class SandboxSession:
         records: list[ExecRecord] = []
         for index, command in enumerate(commands):
             if index > 0 and op_id in self._cancelled:
-                records.append(ExecRecord(status=Status.KILLED, cause="it was cancelled before it started"))
+                records.append(NEVER_BEGUN)
                 break
             gate = OutputGate(command.output_limit_bytes)
             async with aclosing(self._run_one(op_id, index, with_env(command, self._env))) as items:
@@ -108,17 +123,17 @@ class SandboxSession:
         """Start the first of ``commands``; :meth:`run` with the same ones goes on from there."""
         await self.channel.start(f"{op_id}:0", with_env(commands[0], self._env))
 
-    async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
-        """One of :data:`VERBS`, or ``read_output``.
+    async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"", *, request_id: str) -> Answer:
+        """One of :data:`VERBS`, or ``read_output``. A repetition, by whomever, has the same ``request_id`` and is not done again.
 
         Raises:
-            InvalidRequestError: another verb. Else as :meth:`Channel.request`.
+            InvalidRequestError: another verb. OperationConflictError: the id names another request. Else as :meth:`Channel.request`.
         """
         if verb == READ_OUTPUT:
             return await self._read_output(arguments)
         if verb not in VERBS:
             raise InvalidRequestError(f"operation {verb!r} is not known: take one of {', '.join(sorted(VERBS))}")
-        return await self.channel.request(verb, arguments, body)
+        return await self.channel.request(verb, arguments, body, request_id=request_id if verb in ONCE_VERBS else None)
 
     async def cancel(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
         """Kill what runs of an op and start no more of it; returns when it is dead.
@@ -138,16 +153,28 @@ class SandboxSession:
 
     async def _kill(self, op_id: str, commands: int, grace_s: float) -> bool:
         """True when nothing of the op can run any more: a command of it was killed, or all have ended."""
+        missing = False
         for index in range(commands):
             try:
                 answer = await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
             except InvalidRequestError as error:
                 if error.code != "op_unknown":
                     raise
-                return False
+                missing = True  # not begun, or so long over that its record was dropped: those behind it may run
+                continue
             record = answer.document.get("record")
             if not isinstance(record, dict) or record.get("status") != Status.EXITED or record.get("exit_code") != 0:
                 return True  # run() starts nothing behind a command that did not succeed
+        return not missing
+
+    async def has_begun(self, op_id: str) -> bool:
+        """Whether the runner knows the first command of the op. Asked by an owner: no older one can start it any more."""
+        try:
+            await self.channel.request("status", {"op_id": f"{op_id}:0"})
+        except InvalidRequestError as error:
+            if error.code == "op_unknown":
+                return False
+            raise
         return True
 
     def is_running(self, op_id: str) -> bool:
@@ -184,6 +211,11 @@ class SandboxSession:
                         break
         body = b"".join(c.data for c in found)[: min(length, MAX_BODY_BYTES)]
         return Answer({"offset": found[0].offset if found else offset}, body)
+
+
+def with_boot_id(handle: SandboxHandle, hello: Mapping[str, Any]) -> SandboxHandle:
+    """The handle with the runner's own mark: whoever meets another runner there later knows that all commands are forgotten."""
+    return replace(handle, data={**handle.data, BOOT_ID: str(hello.get("boot_id", ""))[:64]})
 
 
 class DirectPort:
@@ -253,7 +285,7 @@ class DirectPort:
                 yield Ended(records=(part,)) if isinstance(part, ExecRecord) else part
 
     async def call(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
-        return await self._live().call(verb, arguments, body)
+        return await self._live().call(verb, arguments, body, request_id=new_op_id())
 
     async def pending(self, op_id: str) -> bool:
         """While somebody here runs it: its command may be just about to start."""

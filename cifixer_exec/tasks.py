@@ -23,7 +23,7 @@ from celery.exceptions import Ignore
 
 from cifixer_exec.channel.portal import process_portal
 from cifixer_exec.errors import ExecutorError, InvalidRequestError
-from cifixer_exec.model import Command, ExecRecord, ExecResult, OutputChunk, Status
+from cifixer_exec.model import NEVER_BEGUN, Command, ExecRecord, ExecResult, OutputChunk
 from cifixer_exec.operations import new_op_id
 from cifixer_exec.output import OutputCollector
 from cifixer_exec.queue_port import command_op, create_op
@@ -271,8 +271,8 @@ def _teardown_op(op_id: str, sandbox_id: str) -> NewOp:
 
 
 def _command_result(op_id: str, collector: OutputCollector, end: End) -> dict[str, Any]:
-    records = (end.result or {}).get("records") or [{"status": Status.KILLED, "cause": "it was cancelled before it started"}]
-    return _result_dict(collector.result(ExecRecord.from_json(records[0]), op_id))
+    records = (end.result or {}).get("records")
+    return _result_dict(collector.result(ExecRecord.from_json(records[0]) if records else NEVER_BEGUN, op_id))
 
 
 def _result_dict(result: ExecResult) -> dict[str, Any]:

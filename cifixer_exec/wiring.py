@@ -55,10 +55,12 @@ def make_spec(config: AppConfig, sandbox_id: str | None = None) -> SandboxSpec:
     )
 
 
-def make_journal(config: AppConfig) -> Journal:
-    """A journal with a connection pool of its own, for use on one event loop."""
+def make_journal(config: AppConfig, *, patience_s: float | None = None) -> Journal:
+    """A journal with a connection pool of its own, for use on one event loop; as patient as ``config`` says, or else ``patience_s``."""
     redis = connect(config.redis_url)
-    return Journal(redis, namespace=config.namespace, retention_s=config.retention_s, collected_s=config.collected_s)
+    patience_s = config.redis_patience_s if patience_s is None else patience_s
+    kept = {"retention_s": config.retention_s, "collected_s": config.collected_s}
+    return Journal(redis, namespace=config.namespace, patience_s=patience_s, **kept)
 
 
 def make_environment(config: AppConfig, sandbox_id: str | None = None) -> AsyncSandboxEnvironment:
@@ -94,7 +96,8 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
     """Everything of a worker process besides Celery; ``answer`` is Celery's part of it."""
     backend = make_backend(config)
     portal, lease_portal = Portal(), Portal("cifixer-lease")
-    journal, lease_journal = make_journal(config), make_journal(config)
+    # What a worker has to say it repeats itself, and a heartbeat that waits is none.
+    journal, lease_journal = make_journal(config, patience_s=0.0), make_journal(config, patience_s=0.0)
     ownership = Ownership(backend, wid)
     executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid)
     placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}

@@ -463,10 +463,13 @@ function verbs.close(sid, state, cause, wid, epoch, keep_op)
   return {'ok'}
 end
 
-function verbs.set_expiry(sid, expires_in_ms)
-  local class, message = gone(load_sandbox(sid), '')
+function verbs.set_expiry(sid, expires_in_ms, wid, epoch)
+  local sandbox = load_sandbox(sid)
+  local class, message = gone(sandbox, '')
   if class then
     return refuse(class, message)
+  elseif not holds_sandbox(sandbox, wid, epoch) then
+    return {'fenced'}
   end
   call('HSET', key('sandbox', sid), 'expires_ms', now + expires_in_ms)
   call('ZADD', prefix .. 'sandboxes', 'XX', now + expires_in_ms, sid)

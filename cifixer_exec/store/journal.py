@@ -7,8 +7,8 @@ repeated after a lost reply. All raise :class:`~cifixer_exec.errors.QueueUnavail
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
 
@@ -19,6 +19,8 @@ from cifixer_exec.store.keys import Keys, check_queue, check_worker_id
 from cifixer_exec.store.records import End, Entry, NewOp, NotTaken, OpRecord, SandboxRecord, Submitted, Swept, Taken, WorkerRecord
 from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.store.script import Script
+
+T = TypeVar("T")
 
 #: Chunks per Lua call: four arguments each, and Lua can unpack about 8000.
 _CHUNKS_PER_CALL = 1000
@@ -32,20 +34,37 @@ class Journal:
 
     A final op is kept ``retention_s``, and ``collected_s`` once its caller has the result. ``redis`` must not decode
     responses (:func:`~cifixer_exec.store.connection.connect`) and stays the caller's to close.
+
+    A server that has answered once is waited for up to ``patience_s`` seconds when its connection is lost: every verb may be
+    repeated. One that never answered is told of at once: its address may be wrong.
     """
 
-    def __init__(self, redis: Redis, *, namespace: str, retention_s: float = 86400, collected_s: float = 600) -> None:
+    def __init__(
+        self, redis: Redis, *, namespace: str, retention_s: float = 86400, collected_s: float = 600, patience_s: float = 0.0
+    ) -> None:
         self.keys = Keys(namespace)
         self._redis = redis
         #: The client, for its owner to close.
         self.redis = redis
         self._collected_ms = records.milliseconds(collected_s)
         self._script = Script(redis, namespace, records.milliseconds(retention_s))
+        self._patience_s = patience_s
+        self._reached = False
+
+    async def _patiently(self, step: Callable[[], Awaitable[T]]) -> T:
+        patience = streams.Patience(self._redis, self._patience_s if self._reached else 0.0)
+        with translated(self._redis):
+            while True:
+                try:
+                    answer = await step()
+                except streams.LOST as error:
+                    await patience.wait(error)
+                else:
+                    self._reached = True
+                    return answer
 
     async def _call(self, verb: str, *arguments: bytes | str | int) -> list[Any]:
-        with translated(self._redis):
-            reply = await self._script(verb, *arguments)
-        return _checked(reply)
+        return _checked(await self._patiently(lambda: self._script(verb, *arguments)))
 
     def _reader(self, op_id: str) -> streams.Reader:
         return streams.Reader(self._redis, self.keys, op_id, lambda: self._script("tend", op_id, _REPING_MS))
@@ -201,14 +220,14 @@ class Journal:
         fence = (wid or "", "" if epoch is None else epoch)
         return _done(await self._call("close", sandbox_id, state, cause, *fence, keep_op))
 
-    async def set_expiry(self, sandbox_id: str, expires_in_s: float) -> None:
-        """Move the end of a sandbox's life to ``expires_in_s`` seconds from now.
+    async def set_expiry(self, sandbox_id: str, expires_in_s: float, *, wid: str, epoch: int) -> bool:
+        """Move the end of a sandbox's life to ``expires_in_s`` seconds from now. False if fenced.
 
         Raises:
             SandboxNotFoundError: no such sandbox, or it was or is being torn down.
             SandboxLostError: it is lost.
         """
-        await self._call("set_expiry", sandbox_id, records.milliseconds(expires_in_s))
+        return _done(await self._call("set_expiry", sandbox_id, records.milliseconds(expires_in_s), wid, epoch))
 
     async def restore(self, record: SandboxRecord) -> bool:
         """Register a living sandbox again that Redis has forgotten. False if it is registered, over, or past its expiry."""
@@ -235,8 +254,7 @@ class Journal:
 
     async def op(self, op_id: str) -> OpRecord | None:
         """The op as it stands; None if it is not (or no longer) known."""
-        with translated(self._redis):
-            return records.op_from(op_id, await cast(Any, self._redis.hgetall(self.keys.op(op_id))))
+        return records.op_from(op_id, await self._patiently(lambda: cast(Any, self._redis.hgetall(self.keys.op(op_id)))))
 
     async def sandbox(self, sandbox_id: str) -> SandboxRecord | None:
         """The sandbox as registered; None if it is not (or no longer) known."""
@@ -255,11 +273,14 @@ class Journal:
 
     async def _sandboxes(self, ids: Iterable[str]) -> list[SandboxRecord]:
         wanted = list(ids)
-        with translated(self._redis):
+
+        async def load() -> list[dict[bytes, bytes]]:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for sandbox_id in wanted:
                     pipe.hgetall(self.keys.sandbox(sandbox_id))
-                hashes = await pipe.execute()
+                return await pipe.execute()
+
+        hashes = await self._patiently(load)
         return [record for i, data in zip(wanted, hashes, strict=True) if (record := records.sandbox_from(i, data))]
 
     async def workers(self) -> list[WorkerRecord]:

@@ -25,6 +25,8 @@ _COUNT = 128
 _BLOCK_S = 5.0
 _FIRST_DELAY_S = 0.05
 _LAST_DELAY_S = 1.0
+#: What a lost connection raises, and a server that is still loading its data.
+LOST = (RedisConnectionError, RedisTimeoutError)
 
 
 class Merge:
@@ -84,7 +86,7 @@ def entries_from(reply: Any) -> list[Entry]:
 async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequence[Entry] = ()) -> AsyncIterator[OutputChunk | End]:
     """See :meth:`~cifixer_exec.store.journal.Journal.follow`. ``first`` are entries that were read already."""
     merge, entries = Merge(), list(first)
-    patience = _Patience(reader, patience_s)
+    patience = Patience(reader.redis, patience_s)
     block_s = _BLOCK_S
     while True:
         for entry in entries:
@@ -99,7 +101,7 @@ async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequen
             entries = await _next_entries(reader, after, block_s)
             patience.renew()
             block_s = _BLOCK_S
-        except (RedisConnectionError, RedisTimeoutError) as error:
+        except LOST as error:
             entries = []
             block_s = 0  # a server that comes back may have lost its data: that is to be known at once
             await patience.wait(error)
@@ -126,21 +128,23 @@ async def _next_entries(reader: Reader, after: str, block_s: float) -> list[Entr
     return entries or [Entry(entry_id=after, epoch=record.epoch, item=record.end())]
 
 
-class _Patience:
+class Patience:
     """Waits longer and longer for Redis to come back, and gives up in the end."""
 
-    def __init__(self, reader: Reader, patience_s: float) -> None:
-        self._reader = reader
+    def __init__(self, redis: Redis, patience_s: float) -> None:
+        self._redis = redis
         self._patience_s = patience_s
         self.renew()
 
     def renew(self) -> None:
+        """The server answered."""
         self._last_success = time.monotonic()
         self._delay_s = _FIRST_DELAY_S
 
     async def wait(self, error: RedisError) -> None:
+        """A moment after ``error``. Raises QueueUnavailableError when it took too long."""
         if time.monotonic() - self._last_success + self._delay_s > self._patience_s:
-            raise translate(error, server_name(self._reader.redis)) from error
+            raise translate(error, server_name(self._redis)) from error
         await asyncio.sleep(self._delay_s)
         self._delay_s = min(_LAST_DELAY_S, self._delay_s * 2)
 
@@ -174,7 +178,7 @@ async def _write_both(reader: Reader, command: Sequence[bytes | str | int], chec
         check(await connection.read_response())
         try:
             return entries_from(await connection.read_response())
-        except (RedisConnectionError, RedisTimeoutError):
+        except LOST:
             await connection.disconnect()
             return []
     except BaseException:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.channel.connection import EpochStaleError
 from cifixer_exec.errors import BackendError, ExecutorError, SandboxLostError, error_to_json
-from cifixer_exec.model import Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
+from cifixer_exec.model import NEVER_BEGUN, Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
 from cifixer_exec.operations import commands_from
 from cifixer_exec.queues import placement_queue
-from cifixer_exec.sandbox import SandboxSession
+from cifixer_exec.sandbox import SandboxSession, with_boot_id
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import Taken
 from cifixer_exec.worker.ownership import Ownership
@@ -100,14 +100,20 @@ class Executor:
                 await running.session.cancel(op_id, running.commands)
 
     async def _create(self, taken: Taken) -> None:
+        if taken.handle is not None:
+            # It was made and registered, and others may have used it: if it is gone, a new one in its place would be a lie.
+            await self._ownership.session(taken).channel.connect()
+            await self._done(taken, taken.handle)
+            return
         spec = SandboxSpec.from_json(taken.spec)
         # A thread cannot be cancelled: a drain waits for it, because an adopter must find the sandbox made or not begun.
         handle = await finished(asyncio.to_thread(self._backend.create, spec))
         try:
-            await self._ownership.add(taken, handle).channel.connect()
-        except ExecutorError:
-            await self._unmake(handle)
-            raise
+            hello = await self._ownership.add(taken, handle).channel.connect()
+        except ExecutorError as error:
+            await self._unmake(taken, handle, error)
+            return
+        handle = with_boot_id(handle, hello)
         queue = placement_queue(handle.backend, handle.placement)
         registered = await persist(
             lambda: self._journal.ready(
@@ -120,9 +126,11 @@ class Executor:
         self._ownership.remember(taken, handle)
         await self._done(taken, handle.to_json())
 
-    async def _unmake(self, handle: SandboxHandle) -> None:
+    async def _unmake(self, taken: Taken, handle: SandboxHandle, error: ExecutorError) -> None:
+        """Redis first: once another worker has adopted the creation, the sandbox is that one's."""
         self._ownership.drop(handle.sandbox_id)
-        await asyncio.to_thread(self._backend.destroy, handle)
+        if await self._fail(taken, error):
+            await asyncio.to_thread(self._backend.destroy, handle)
 
     async def _destroy(self, taken: Taken) -> None:
         self._closing.add(taken.sandbox_id)  # commands that die of it must not report a lost sandbox
@@ -147,6 +155,9 @@ class Executor:
     async def _start(self, taken: Taken) -> None:
         commands = commands_from(taken.payload, taken.body)
         session = self._ownership.session(taken)
+        if taken.cancel and not await session.has_begun(taken.op_id):
+            await self._done(taken, {"records": [NEVER_BEGUN.to_json()]})
+            return
         publisher = Publisher(lambda chunks: persist(lambda: self._journal.publish(self._wid, taken.op_id, taken.epoch, chunks)))
         running = self._running[taken.op_id] = _Running(session, len(commands))
         cancelling = asyncio.create_task(self.cancel(taken.op_id)) if taken.cancel else None
@@ -173,11 +184,12 @@ class Executor:
     async def _extend(self, taken: Taken) -> None:
         lifetime_s = float(taken.payload["lifetime_s"])
         await self._ownership.session(taken).extend(lifetime_s)
-        await self._journal.set_expiry(taken.sandbox_id, lifetime_s)
+        if not await persist(lambda: self._journal.set_expiry(taken.sandbox_id, lifetime_s, wid=self._wid, epoch=taken.epoch)):
+            raise FencedError
         await self._done(taken, {})
 
     async def _call(self, taken: Taken) -> None:
-        answer = await self._ownership.session(taken).call(taken.kind, taken.payload, taken.body)
+        answer = await self._ownership.session(taken).call(taken.kind, taken.payload, taken.body, request_id=taken.op_id)
         await self._done(taken, answer.document, body=answer.body)
 
     async def _done(self, taken: Taken, result: Mapping[str, Any], *, body: bytes = b"", chunks: list[OutputChunk] | None = None) -> None:
@@ -187,12 +199,13 @@ class Executor:
         if not written:
             raise FencedError
 
-    async def _fail(self, taken: Taken, error: ExecutorError) -> None:
+    async def _fail(self, taken: Taken, error: ExecutorError) -> bool:
         written = await persist(
             lambda: self._journal.finish(self._wid, taken.op_id, taken.epoch, state="failed", error=error_to_json(error))
         )
         if not written:
             log.warning("op %s: its failure was not recorded, another worker owns it now", taken.op_id)
+        return written
 
     async def _close(self, taken: Taken, *, state: str, cause: str) -> bool:
         return await persist(

@@ -626,14 +626,16 @@ def test_expiry(play: Play) -> None:
         await b.sandbox()
         await b.sandbox(sid="s2")
         assert await b.journal.expired(10) == []
-        await b.journal.set_expiry("s", 0.001)
+        await b.journal.set_expiry("s", 0.001, wid=A, epoch=await b.epoch())
         await asyncio.sleep(0.01)
         assert [s.sandbox_id for s in await b.journal.expired(10)] == ["s"]
-        await b.journal.set_expiry("s", 10)
+        assert await b.journal.set_expiry("s", 10, wid=A, epoch=await b.epoch())
+        assert not await b.journal.set_expiry("s", 0.001, wid=A, epoch=await b.epoch() - 1)
+        assert not await b.journal.set_expiry("s", 0.001, wid=B, epoch=await b.epoch())
         assert await b.journal.expired(10) == []
-        assert isinstance(await raised(b.journal.set_expiry("nothing", 1)), SandboxNotFoundError)
+        assert isinstance(await raised(b.journal.set_expiry("nothing", 1, wid=A, epoch=1)), SandboxNotFoundError)
         await b.journal.close("s", state="lost", cause="why")
-        assert isinstance(await raised(b.journal.set_expiry("s", 1)), SandboxLostError)
+        assert isinstance(await raised(b.journal.set_expiry("s", 1, wid=A, epoch=1)), SandboxLostError)
         assert [s.sandbox_id for s in await b.journal.sandboxes()] == ["s2"]
 
     play(scene)
