@@ -120,6 +120,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
         ttl_s=config.lease_s,
         info=lambda: {**placed, **runtime.info()},
         on_lapse=lambda: runtime.lapsed(),  # noqa: PLW0108  # it does not exist yet
+        healthy=lambda: runtime.responsive(),  # noqa: PLW0108
     )
     runtime = WorkerRuntime(
         wid=wid,

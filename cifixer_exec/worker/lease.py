@@ -18,7 +18,10 @@ SAFETY = 0.8
 
 
 class Lease:
-    """``on_lapse`` is called (on the lease's loop) when the lease had to be made anew: nothing is owned any more."""
+    """``on_lapse`` is called (on the lease's loop) when the lease had to be made anew: nothing is owned any more.
+
+    While ``healthy`` says no, the lease is left to lapse: a worker that is alive and does nothing must not keep its sandboxes from others.
+    """
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class Lease:
         ttl_s: float,
         info: Callable[[], Mapping[str, Any]],
         on_lapse: Callable[[], None],
+        healthy: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
@@ -35,6 +39,7 @@ class Lease:
         self._ttl_s = ttl_s
         self._info = info
         self._on_lapse = on_lapse
+        self._healthy = healthy
         self._clock = clock
         self._renewed_at = float("-inf")
 
@@ -52,6 +57,9 @@ class Lease:
         """Renew for ever, six times per lifetime of the lease."""
         while True:
             await asyncio.sleep(self._ttl_s / 6)
+            if not self._healthy():
+                log.error("the lease is not renewed: this worker's event loop does not answer")
+                continue
             sent_at = self._clock()
             try:
                 fresh = await self._journal.renew(self._wid, self._ttl_s, self._info())

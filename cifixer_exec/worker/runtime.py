@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
@@ -21,6 +22,9 @@ from cifixer_exec.worker.persistence import persist
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 1.0
 CANCEL_CHECK_S = 1.0
+PULSE_S = 0.5
+#: An event loop that did not get round to its pulse for so long is stuck, not busy.
+STUCK_S = 15.0
 #: How long a worker whose lease is in doubt waits before it passes a doorbell on, which may come straight back to it.
 DOUBT_S = 0.2
 
@@ -76,6 +80,7 @@ class WorkerRuntime:
         self._active: set[asyncio.Task[Any]] = set()
         self._cancels: dict[str, asyncio.Task[None]] = {}
         self._restoring: asyncio.Task[None] | None = None
+        self._pulse_at = time.monotonic()
         self._draining = False
         self.stopped = False
 
@@ -88,6 +93,7 @@ class WorkerRuntime:
         self._lease_portal.call(self._lease.take())
         self._background = [
             self._lease_portal.submit(self._lease.keep()),
+            self.portal.submit(self._for_ever("pulse", PULSE_S, self._beat)),
             self.portal.submit(self._for_ever("sweep", SWEEP_INTERVAL_S, self._sweep)),
             self.portal.submit(self._for_ever("cancel check", CANCEL_CHECK_S, self._check_cancelled)),
             self.portal.submit(self._for_ever("cancel messages", 0.5, lambda: self._listen(self._cancel))),
@@ -120,6 +126,13 @@ class WorkerRuntime:
     def info(self) -> Mapping[str, Any]:
         """What the lease tells about this worker."""
         return {"sandboxes": len(self._ownership), "active": len(self._active), "draining": self._draining}
+
+    def responsive(self) -> bool:
+        """Whether the event loop that carries ops out still turns."""
+        return time.monotonic() - self._pulse_at < STUCK_S
+
+    async def _beat(self) -> None:
+        self._pulse_at = time.monotonic()
 
     def lapsed(self) -> None:
         """Called from the lease's loop: whoever owned is fenced now, and what it had in progress is rung for anew."""

@@ -109,8 +109,10 @@ class Renewals:
     def __init__(self) -> None:
         self.now_s = 100.0
         self.slow_s = 0.0
+        self.count = 0
 
     async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> bool:
+        self.count += 1
         self.now_s += self.slow_s
         return False
 
@@ -139,3 +141,16 @@ def test_a_lease_counts_from_the_sending_of_its_renewal() -> None:
     held = lease(renewals)
     run(held.take())
     assert not held.valid()
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_a_worker_that_is_stuck_lets_its_lease_lapse(healthy: bool) -> None:
+    renewals: Any = Renewals()
+    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_lapse=lambda: None, healthy=lambda: healthy)
+
+    async def keep_for_a_while() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(held.keep(), 0.2)
+
+    run(keep_for_a_while())
+    assert (renewals.count > 0) is healthy
