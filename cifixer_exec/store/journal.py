@@ -93,8 +93,11 @@ class Journal:
         async def submit() -> None:
             await self.submit(op)
 
-        reader = self._reader(op.op_id)
-        return streams.submit_and_follow(reader, command, lambda reply: _submitted(_checked(reply)), submit, patience_s=patience_s)
+        def check(reply: list[Any]) -> None:
+            self._reached = True
+            _checked(reply)
+
+        return streams.submit_and_follow(self._reader(op.op_id), command, check, submit, patience_s=patience_s)
 
     async def cancel(self, op_id: str) -> str:
         """Cancel a queued op at once; tell the owner of a running one. Returns the state it is in now.
