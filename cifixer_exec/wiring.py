@@ -131,7 +131,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
         ownership=ownership,
         executor=executor,
         listen=listen,
-        restore=lambda: restore(journal=journal, backend=backend, ownership=ownership),
+        restore=lambda: restore(journal=journal, backend=backend, ownership=ownership, wid=wid),
         answer=answer,
         close=close,
         drain_s=config.drain_s,

@@ -7,6 +7,7 @@
 --
 -- Keys, each after "<namespace>:"
 --   worker:<wid>   string  JSON about the worker; its life is the lease                        PX lease
+--   term:<wid>     string  which lease it is: another number after each lapse                  PX lease
 --   workers        set     every wid ever seen whose rests are not yet cleaned up              -
 --   sandbox:<sid>  hash    backend placement state owner epoch handle spec create_op queue
 --                          created_ms expires_ms cause                         - ; retention once closed or lost
@@ -40,7 +41,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local FINAL = {done = true, failed = true, cancelled = true}
 local GONE = {closed = true, lost = true}
-local GRACE_MS = 60000 -- a running op past its deadline is given up this much later, if nobody owns its sandbox
+local GRACE_MS = 15000 -- a running op past its deadline is given up this much later, if nobody owns its sandbox
 local CALM_MS = 30000 -- a sandbox whose ops all run under a living owner is looked at this much less often
 local ANSWER_MS = 1500 -- whoever waits for a raw task's op has had this long to give Celery its answer
 local KOMBU_SEP = '\6\22'
@@ -482,14 +483,16 @@ end
 
 -- A lease that had lapsed never brings old ownership back: its holder stopped believing in it, others may have begun.
 function verbs.renew(wid, ttl_ms, info)
-  local fresh = not alive(wid)
-  if fresh then
+  local term = call('GET', key('term', wid)) or now
+  if not alive(wid) then
     disown_all(wid, 1000000)
+    term = string.format('%.0f', math.max(now, term + 1))
   end
   call('SET', key('worker', wid), info, 'PX', ttl_ms)
+  call('SET', key('term', wid), term, 'PX', ttl_ms)
   call('SADD', prefix .. 'workers', wid)
   call('SET', prefix .. 'born', now, 'NX')
-  return {fresh and 'fresh' or 'kept'}
+  return {'ok', term}
 end
 
 -- What Celery keeps for a worker; its queue has nothing that the journal could not ring for again.
@@ -504,7 +507,7 @@ local function clean_worker(wid)
 end
 
 function verbs.release(wid)
-  call('DEL', key('worker', wid))
+  call('DEL', key('worker', wid), key('term', wid))
   local count = disown_all(wid, 1000000)
   clean_worker(wid)
   return {'ok', count}

@@ -132,13 +132,13 @@ class Journal:
 
     # ------------------------------------------------------------------------------------------------- workers
 
-    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> bool:
-        """Take or renew the lease. True if it had to be made anew: the worker is new, or its lease had lapsed.
+    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> int:
+        """Take or renew the lease. Returns its term: another number than the last time says that it had lapsed in between.
 
         After a lapse nothing is owned any more: what ran goes on in its sandbox and is adopted under a higher epoch.
         """
         text = records.dumps(info, "the worker's info")
-        return bool((await self._call("renew", check_worker_id(wid), records.milliseconds(ttl_s), text))[0] == b"fresh")
+        return int((await self._call("renew", check_worker_id(wid), records.milliseconds(ttl_s), text))[1])
 
     async def holds(self, wid: str) -> bool:
         """True if the worker's lease lives."""

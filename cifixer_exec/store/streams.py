@@ -83,11 +83,13 @@ def entries_from(reply: Any) -> list[Entry]:
     return [records.entry_from(entry_id, fields) for entry_id, fields in rows]
 
 
-async def follow(reader: Reader, *, after: str, patience_s: float, first: Sequence[Entry] = ()) -> AsyncIterator[OutputChunk | End]:
-    """See :meth:`~cifixer_exec.store.journal.Journal.follow`. ``first`` are entries that were read already."""
-    merge, entries = Merge(), list(first)
+async def follow(
+    reader: Reader, *, after: str, patience_s: float, first: Sequence[Entry] | None = None
+) -> AsyncIterator[OutputChunk | End]:
+    """See :meth:`~cifixer_exec.store.journal.Journal.follow`. ``first`` is what a blocking read has given already, None without one."""
+    merge, entries = Merge(), list(first or ())
     patience = Patience(reader.redis, patience_s)
-    block_s = _BLOCK_S
+    block_s = 0.0 if first == [] else _BLOCK_S  # it was waited for once: now the record is to be looked at
     while True:
         for entry in entries:
             after = entry.entry_id
@@ -165,7 +167,7 @@ async def submit_and_follow(
         first = await _write_both(reader, command, check)
     except RedisError:
         await submit()
-    async for item in follow(reader, after="0", patience_s=patience_s, first=first or ()):
+    async for item in follow(reader, after="0", patience_s=patience_s, first=first):
         yield item
 
 

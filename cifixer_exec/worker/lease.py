@@ -42,6 +42,7 @@ class Lease:
         self._healthy = healthy
         self._clock = clock
         self._renewed_at = float("-inf")
+        self._term = 0
 
     def valid(self) -> bool:
         """Whether this worker may still act as owner; measured from the *sending* of the last renewal that succeeded."""
@@ -50,7 +51,7 @@ class Lease:
     async def take(self) -> None:
         """The first renewal, before anything is consumed. Raises QueueUnavailableError."""
         sent_at = self._clock()
-        await self._journal.renew(self._wid, self._ttl_s, self._info())
+        self._term = await self._journal.renew(self._wid, self._ttl_s, self._info())
         self._renewed_at = sent_at
 
     async def keep(self) -> None:
@@ -62,7 +63,7 @@ class Lease:
                 continue
             sent_at = self._clock()
             try:
-                fresh = await self._journal.renew(self._wid, self._ttl_s, self._info())
+                term = await self._journal.renew(self._wid, self._ttl_s, self._info())
             except ExecutorError as error:
                 log.warning("the lease could not be renewed: %s", error)
                 continue
@@ -71,6 +72,7 @@ class Lease:
                 log.exception("the lease could not be renewed")
                 continue
             self._renewed_at = sent_at
-            if fresh:
+            if term != self._term:  # compared, not told once: the reply that told it may have been lost
+                self._term = term
                 log.warning("the lease had lapsed: this worker owns nothing any more")
                 self._on_lapse()

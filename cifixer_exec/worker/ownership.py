@@ -68,6 +68,10 @@ class Ownership:
         """By sandbox id; what another worker ended meanwhile is still in it."""
         return dict(self._known)
 
+    def epochs(self) -> dict[str, int]:
+        """Of all sandboxes with a session, by id."""
+        return {sandbox_id: epoch for sandbox_id, (epoch, _) in self._sessions.items()}
+
     def drop(self, sandbox_id: str) -> None:
         """Close the channel; the sandbox itself is left as it is."""
         _, session = self._sessions.pop(sandbox_id, (0, None))

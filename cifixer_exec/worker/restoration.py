@@ -14,8 +14,8 @@ from cifixer_exec.worker.ownership import KnownSandbox, Ownership
 log = logging.getLogger(__name__)
 
 
-async def restore(*, journal: Journal, backend: Backend, ownership: Ownership) -> list[str]:
-    """Register the living sandboxes of ``ownership`` that the registry does not know; forget those that are gone. Their ids.
+async def restore(*, journal: Journal, backend: Backend, ownership: Ownership, wid: str) -> list[str]:
+    """Register the living sandboxes of ``ownership`` that the registry does not know; forget those that are gone or another's. Their ids.
 
     Only who owned a sandbox knows all of it (its spec may hold secrets, so no label has it). What no worker knows any more is the
     reaper's. May be repeated, by several workers at once.
@@ -23,7 +23,13 @@ async def restore(*, journal: Journal, backend: Backend, ownership: Ownership) -
     Raises:
         QueueUnavailableError, BackendError: try again.
     """
-    missing = {i: known for i, known in ownership.known.items() if await journal.sandbox(i) is None}
+    missing = {}
+    for sandbox_id, known in ownership.known.items():
+        record = await journal.sandbox(sandbox_id)
+        if record is None:
+            missing[sandbox_id] = known
+        elif record.owner not in ("", wid):
+            ownership.forget(sandbox_id)
     if not missing:
         return []
     found = {owned.handle.sandbox_id: owned for owned in await asyncio.to_thread(backend.list_owned)}

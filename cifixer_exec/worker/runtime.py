@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import Any
 
 from cifixer_exec.channel.portal import Portal
@@ -77,7 +78,7 @@ class WorkerRuntime:
         self._close = close
         self._drain_s = drain_s
         self._background: list[Future[Any]] = []
-        self._active: set[asyncio.Task[Any]] = set()
+        self._active: dict[asyncio.Task[Any], Taken | None] = {}
         self._cancels: dict[str, asyncio.Task[None]] = {}
         self._restoring: asyncio.Task[None] | None = None
         self._pulse_at = time.monotonic()
@@ -111,13 +112,15 @@ class WorkerRuntime:
         return record.backend == self._backend and record.placement in ("", self._placement)
 
     def stop(self) -> None:
-        """Drain: what runs may end within ``drain_s``, the rest goes on in its sandbox for the next owner; then give the lease up."""
+        """Drain, then give the lease up. A Redis that is away does not keep a worker from ending: its lease lapses by itself."""
         self._draining = True
         self.portal.call(self._drain())
         for future in self._background:
             future.cancel()
-        handed_over = self.portal.call(self.journal.release(self.wid))
-        log.info("drained: %d sandboxes handed over", handed_over)
+        try:
+            log.info("drained: the last %d sandboxes handed over", self.portal.call(self.journal.release(self.wid)))
+        except ExecutorError as error:
+            log.warning("ended without giving the lease up: %s", error)
         self.stopped = True
         self.portal.call(self._close())
         self._lease_portal.stop()
@@ -165,15 +168,16 @@ class WorkerRuntime:
             return BUSY  # it stays queued and is rung for again: threads are kept for the ops that end commands and feed them
         task = asyncio.current_task()
         assert task is not None  # always within a task: Portal.call made it
-        self._active.add(task)
+        self._active[task] = None
         try:
             nonce = uuid.uuid4().hex
             outcome = await persist(lambda: self.journal.take(self.wid, op_id, nonce))
             if not isinstance(outcome, Taken):
                 return outcome.reason
+            self._active[task] = outcome
             await self._executor.execute(outcome)
         finally:
-            self._active.discard(task)
+            self._active.pop(task, None)
         return outcome.kind
 
     async def _is_command(self, op_id: str) -> bool:
@@ -181,13 +185,40 @@ class WorkerRuntime:
         return record is not None and record.kind == "start"
 
     async def _drain(self) -> None:
-        active = self._active - {asyncio.current_task()}
-        if active:
-            _, left = await asyncio.wait(active, timeout=self._drain_s)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+        """With a peer, commands go on in their sandboxes at once and it attaches to them: nobody reads this worker's queue any more, so
+        each second here is one in which its sandboxes stand still. Without one, what runs may end within ``drain_s``. What is left then
+        waits in its sandbox for the next owner.
+        """
+        give_up = time.monotonic() + self._drain_s
+        if await self._has_peer():
+            await self._detach({task for task, taken in self._active.items() if taken is not None and taken.kind == "start"})
+        await self._hand_over_idle()
+        if self._active:
+            await asyncio.wait(list(self._active), timeout=max(0.0, give_up - time.monotonic()))
+        await self._detach(set(self._active))
         self._ownership.drop_all()
+
+    async def _detach(self, tasks: set[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _has_peer(self) -> bool:
+        """Whether another worker can take over what this one has."""
+        try:
+            found = await self.journal.workers()
+        except ExecutorError:
+            return False
+        here = (self._backend, self._placement, False)
+        return any((w.info["backend"], w.info["placement"], w.info["draining"]) == here for w in found if w.worker_id != self.wid)
+
+    async def _hand_over_idle(self) -> None:
+        busy = {taken.sandbox_id for taken in self._active.values() if taken is not None}
+        with suppress(ExecutorError):  # what is left is handed over with the lease
+            for sandbox_id, epoch in self._ownership.epochs().items():
+                if sandbox_id not in busy:
+                    self._ownership.drop(sandbox_id)
+                    await self.journal.hand_over(self.wid, sandbox_id, epoch)
 
     async def _sweep(self) -> None:
         if not self._draining and self._lease.valid():

@@ -70,6 +70,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal = Journal(self.redis, namespace=self.ns)
         self.ops: dict[str, Seen] = {}
         self.epochs: dict[str, int] = {}
+        self.terms: dict[str, int] = {}
         self.grants: list[Grant] = []
         self.heard: list[str] = []
 
@@ -108,7 +109,7 @@ class JournalMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         """Two workers live, and one has a sandbox already, so that few steps lead deep."""
         for wid in WORKERS[:2]:
-            self.do(self.journal.renew(wid, 1000, {}))
+            self.terms[wid] = self.do(self.journal.renew(wid, 1000, {}))
         self.create(SANDBOXES[0], WORKERS[0], 0)
         self.hear(SANDBOXES[0], WORKERS[0], 0)
         self.end(self.grants[0], good=True)
@@ -239,7 +240,10 @@ class JournalMachine(RuleBasedStateMachine):
 
     def renew(self, sid: str, wid: str, n: int) -> None:
         lapsed = not self.alive(wid)
-        assert self.do(self.journal.renew(wid, 1000, {})) == lapsed
+        term = self.do(self.journal.renew(wid, 1000, {}))
+        assert (term != self.terms.get(wid)) == lapsed, "who renews learns of every lapse"
+        assert self.do(self.journal.renew(wid, 1000, {})) == term, "and may be told again"
+        self.terms[wid] = term
 
     def release(self, sid: str, wid: str, n: int) -> None:
         owned = len(self.members("owned", wid))

@@ -85,7 +85,7 @@ class Scene:
         await self.journal.purge()
 
     async def restore(self) -> list[str]:
-        return await restore(journal=self.journal, backend=self.shelf, ownership=self.ownership)
+        return await restore(journal=self.journal, backend=self.shelf, ownership=self.ownership, wid=A)
 
 
 @pytest.fixture

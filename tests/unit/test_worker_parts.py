@@ -110,11 +110,12 @@ class Renewals:
         self.now_s = 100.0
         self.slow_s = 0.0
         self.count = 0
+        self.term = 7
 
-    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> bool:
+    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> int:
         self.count += 1
         self.now_s += self.slow_s
-        return False
+        return self.term
 
 
 def lease(renewals: Renewals) -> Lease:
@@ -154,3 +155,19 @@ def test_a_worker_that_is_stuck_lets_its_lease_lapse(healthy: bool) -> None:
 
     run(keep_for_a_while())
     assert (renewals.count > 0) is healthy
+
+
+def test_a_lapse_is_noticed_though_the_reply_that_told_it_was_lost() -> None:
+    renewals: Any = Renewals()
+    lapses: list[int] = []
+    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_lapse=lambda: lapses.append(renewals.term))
+
+    async def keep_for_a_while() -> None:
+        await held.take()
+        for term in (7, 9, 9, 12):  # which renewal came first to the server nobody knows
+            renewals.term = term
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(held.keep(), 0.05)
+
+    run(keep_for_a_while())
+    assert lapses == [9, 12]
