@@ -1,0 +1,164 @@
+"""Redis comes back: with all it knew, and with nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cifixer_exec import AppConfig, ExecutorError, QueueUnavailableError, attach
+from tests.support.chaos_stack import (
+    COUNT,
+    EXPECTED,
+    LEASE_S,
+    Crew,
+    alive,
+    check_once,
+    counting,
+    kill,
+    one_sandbox_each,
+    pause,
+    platform_ids,
+    resume,
+    run_in_background,
+    send_reap,
+)
+from tests.support.contract_probes import wait_until
+from tests.support.contract_stack import check_present
+from tests.support.redis_server import RedisServer, redis_server
+
+BACK_S = 10.0
+
+
+def test_a_redis_with_its_append_only_file_lets_everyone_go_on_soon(
+    config: AppConfig, server: RedisServer, start: Crew, threads: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = start(), start()
+    mine, idle = one_sandbox_each(start, first, second)
+    third = start()
+    command, output = counting(lines=60)
+    running = run_in_background(threads, mine, command)
+    waiting = [threads.submit(mine.run_command, f"sleep {n}; echo {n}", timeout_s=60) for n in (1, 3, 4.5)]
+    time.sleep(0.3)
+    server.stop()
+    time.sleep(LEASE_S + 0.5)  # every lease is over
+    server.start()
+    back = time.monotonic()
+    assert mine.run_command("echo on").stdout == b"on\n"
+    busy_s = time.monotonic() - back
+    assert idle.run_command("echo on").stdout == b"on\n"
+    idle_s = time.monotonic() - back
+    for worker in (first, second):
+        pause(worker)
+    begun = time.monotonic()
+    made = threads.submit(start.sandbox)  # only the worker that owned nothing is there
+    try:
+        made.result(timeout=BACK_S)
+        third_s = time.monotonic() - begun
+    finally:
+        for worker in (first, second):
+            resume(worker)
+    with capsys.disabled():
+        print(f" [first op: busy sandbox {busy_s:.1f} s, idle {idle_s:.1f} s; a new sandbox by the idle worker {third_s:.1f} s]", end="")
+    assert max(busy_s, idle_s) < BACK_S
+    assert third.process.poll() is None
+    check_once(mine, running.result(timeout=30), output)
+    assert [future.result(timeout=30).text for future in waiting] == ["1\n", "3\n", "4.5\n"]
+
+
+# Redis that lost everything
+
+
+@pytest.fixture
+def forgetful() -> Iterator[RedisServer]:
+    """Without any persistence."""
+    with redis_server() as started:
+        yield started
+
+
+@pytest.fixture
+def amnesia(forgetful: RedisServer, namespace: str, tmp_path: Path) -> Iterator[Crew]:
+    """Workers at a Redis that forgets all when it is restarted; they reap what is two seconds old."""
+    config = AppConfig(
+        redis_url=forgetful.url, namespace=namespace, state_dir=tmp_path / "state", lease_s=LEASE_S, drain_s=1.0, creation_grace_s=2.0
+    )
+    check_present("local", config)
+    crew = Crew(config, tmp_path)
+    yield crew
+    crew.end()
+
+
+def lose_everything(server: RedisServer) -> float:
+    """Returns when the server was back."""
+    server.stop()
+    server.start()
+    return time.monotonic()
+
+
+def eventually(action: Callable[[], None], until: float) -> None:
+    """``action`` again and again until it raises no error of ours and fails no assertion."""
+    while True:
+        try:
+            return action()
+        except (ExecutorError, AssertionError):
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
+def test_a_redis_that_lost_everything_is_told_to_who_waits(forgetful: RedisServer, amnesia: Crew, threads: ThreadPoolExecutor) -> None:
+    amnesia()
+    sandbox = amnesia.sandbox()
+    future = run_in_background(threads, sandbox, "echo started >> ran; sleep 600")
+    back = lose_everything(forgetful)
+    with pytest.raises(QueueUnavailableError) as caught:
+        future.result(timeout=20)
+    assert time.monotonic() - back < 15
+    said = str(caught.value)
+    assert "Redis" in said
+    assert "lost" in said  # what happened
+    assert "the same op id" in said  # what to do
+
+
+def test_a_redis_that_lost_everything_does_not_cost_a_sandbox_with_a_living_owner(
+    forgetful: RedisServer, amnesia: Crew, threads: ThreadPoolExecutor
+) -> None:
+    amnesia()
+    sandbox = amnesia.sandbox()
+    sandbox.write_file("marker", b"mine")
+    first = run_in_background(threads, sandbox, COUNT, "the-op")
+    time.sleep(2.5)  # older than what the reaper lets be
+    back = lose_everything(forgetful)
+    send_reap(amnesia.config)  # as beat may do it before the owner has said what it has
+    eventually(lambda: attach_and_look(amnesia, sandbox.sandbox_id), back + BACK_S)
+    assert time.monotonic() - back < BACK_S
+    send_reap(amnesia.config)
+    assert isinstance(first.exception(timeout=20), QueueUnavailableError | None)
+    again = sandbox.run_command(COUNT, op_id="the-op", timeout_s=60)
+    check_once(sandbox, again, EXPECTED)
+    time.sleep(1)
+    assert alive(amnesia.config, sandbox.sandbox_id)
+
+
+def attach_and_look(crew: Crew, sandbox_id: str) -> None:
+    attached = attach(sandbox_id, crew.config.with_(start_timeout_s=3.0))
+    try:
+        assert attached.run_command("cat marker").stdout == b"mine"
+    finally:
+        attached.close()
+
+
+def test_a_redis_that_lost_everything_with_an_owner_leaves_no_orphan(forgetful: RedisServer, amnesia: Crew) -> None:
+    owner = amnesia()
+    sandbox = amnesia.sandbox()
+    kill(owner)
+    lose_everything(forgetful)
+    amnesia()
+    time.sleep(2.0)
+    send_reap(amnesia.config)
+    wait_until(lambda: platform_ids(amnesia.config) == set(), "what nobody knows is gone", 10)
+    with pytest.raises(ExecutorError):
+        attach(sandbox.sandbox_id, amnesia.config)
