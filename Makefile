@@ -7,7 +7,7 @@ GO := $(BIN)/go
 PACKAGED := $(wildcard pyproject.toml runner/*.go runner/go.mod runner/hatch_build.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports gotest pytest bench runner lock clean
+.PHONY: help run test lint types imports gotest pytest chaos bench runner lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ gotest: $(VENV)/.dev ## go vet and go test
 
 pytest: $(VENV)/.dev ## all Python tests; each skip says why
 	$(BIN)/pytest
+
+chaos: $(VENV)/.dev ## a thousand killed workers, cuts, pauses and Redis restarts; then an audit (about 20 minutes)
+	$(BIN)/python -m tests.chaos --kills 1000 --seed 1
 
 bench: $(VENV)/.dev ## speed and memory, as ratios within one run
 	$(BIN)/python -m bench

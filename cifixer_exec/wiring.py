@@ -20,6 +20,7 @@ from cifixer_exec.sandbox import DirectPort
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.connection import connect
 from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
@@ -103,11 +104,12 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
     placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}
 
     async def listen(on_cancel: Callable[[str], None]) -> None:
-        async with journal.redis.pubsub() as pubsub:
-            await pubsub.subscribe(journal.keys.control(wid))
-            async for message in pubsub.listen():
-                if message["type"] == "message":
-                    on_cancel(message["data"].decode())
+        with translated(journal.redis):
+            async with journal.redis.pubsub() as pubsub:
+                await pubsub.subscribe(journal.keys.control(wid))
+                async for message in pubsub.listen():
+                    if message["type"] == "message":
+                        on_cancel(message["data"].decode())
 
     async def close() -> None:
         await journal.redis.aclose()

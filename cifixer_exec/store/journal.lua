@@ -543,10 +543,17 @@ end
 
 -- ------------------------------------------------------------------------------------------ verbs: janitor
 
+-- Doorbells that wait in a queue, without those that this call rings itself.
+local waiting = {}
+local function count_waiting(queue)
+  waiting[queue] = waiting[queue] or call('LLEN', prefix .. queue)
+  return waiting[queue]
+end
+
 -- A doorbell is surely lost if its list is empty. Else it may still wait there: ring more and more rarely.
 local function overdue(op, queue, reping_ms)
   local patience = reping_ms
-  if call('LLEN', prefix .. queue) > 0 then
+  if count_waiting(queue) > 0 then
     patience = patience * 2 ^ math.min(5, tonumber(op.rings) or 0)
   end
   return now - (tonumber(op.rung_ms) or 0) >= patience
@@ -599,12 +606,30 @@ local function tend_sandbox(sid, counts, reping_ms)
   end
 end
 
+-- Workers that the lease or one of Celery's tables still names. A worker that was cut off may bind its queues again after it was
+-- cleaned up, and die before it renews.
+local function named_workers()
+  local found = {}
+  for _, wid in ipairs(call('SMEMBERS', prefix .. 'workers')) do
+    found[wid] = true
+  end
+  for table, suffix in pairs({['C.dq2'] = '%.dq2$', ['celery.pidbox'] = '%.celery%.pidbox$'}) do
+    for _, member in ipairs(call('SMEMBERS', prefix .. '_kombu.binding.' .. table)) do
+      local wid, matched = string.gsub(string.match(member, '[^\22]*$'), suffix, '')
+      if matched == 1 then
+        found[wid] = true
+      end
+    end
+  end
+  return found
+end
+
 function verbs.sweep(wid, limit, reping_ms)
   if not call('SET', prefix .. 'lock:sweep', wid, 'NX', 'PX', 900) then
     return {'locked', 0, 0, 0, {}}
   end
   local cleaned, counts = 0, {}
-  for _, other in ipairs(call('SMEMBERS', prefix .. 'workers')) do
+  for other in pairs(named_workers()) do
     if not alive(other) then
       disown_all(other, limit)
       if call('EXISTS', key('owned', other)) == 0 then

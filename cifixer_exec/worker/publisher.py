@@ -41,6 +41,7 @@ class Publisher:
             await self._flush()
         elif self._timer is None or self._timer.done():
             self._timer = asyncio.create_task(self._flush_later())
+            self._timer.add_done_callback(_seen)
 
     async def rest(self) -> list[OutputChunk]:
         """What is not written yet, to go along with the end. Nothing may be added after it. Raises FencedError."""
@@ -64,3 +65,9 @@ class Publisher:
     def _raise_from_timer(self) -> None:
         if self._timer is not None and self._timer.done() and not self._timer.cancelled():
             self._timer.result()
+
+
+def _seen(timer: asyncio.Task[None]) -> None:
+    """Its error is raised by the next call, and there may be none."""
+    if not timer.cancelled():
+        timer.exception()

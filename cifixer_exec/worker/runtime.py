@@ -162,7 +162,8 @@ class WorkerRuntime:
     async def _handle(self, op_id: str) -> str:
         if self._draining or not self._lease.valid():
             await asyncio.sleep(0 if self._draining else DOUBT_S)
-            await self.journal.ring(op_id)
+            with suppress(ExecutorError):  # a janitor rings again
+                await self.journal.ring(op_id)
             return PASSED_ON
         if len(self._active) >= self._most_ops and await self._is_command(op_id):
             return BUSY  # it stays queued and is rung for again: threads are kept for the ops that end commands and feed them

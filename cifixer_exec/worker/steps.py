@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import uuid
+import warnings
 from typing import Any
 
 from celery import bootsteps
+from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Exchange, Queue
 
+from cifixer_exec.errors import QueueUnavailableError
 from cifixer_exec.worker.runtime import WorkerRuntime
 
 log = logging.getLogger(__name__)
@@ -18,6 +22,7 @@ log = logging.getLogger(__name__)
 #: Celery's thread, the event loop and the pool hand each op to one another; with CPython's 5 ms each hand-over can wait that long
 #: for the GIL. https://docs.python.org/3/library/sys.html#sys.setswitchinterval
 SWITCH_INTERVAL_S = 0.0005
+START_RETRY_S = 0.5
 _runtime: WorkerRuntime | None = None
 
 
@@ -70,8 +75,18 @@ class RuntimeStep(bootsteps.StartStopStep):
         global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         _runtime = self.make_runtime(parent.hostname)
-        _runtime.start()
+        self._take_lease(_runtime)
         log.info("worker %s holds its lease", parent.hostname)
+
+    def _take_lease(self, worker: WorkerRuntime) -> None:
+        """Redis may start after the worker, as it may go and come back later."""
+        while True:
+            try:
+                return worker.start()
+            except QueueUnavailableError as error:
+                log.warning("no lease yet: %s", error)
+            state.maybe_shutdown()
+            time.sleep(START_RETRY_S)
 
     def make_runtime(self, wid: str) -> WorkerRuntime:
         """The runtime of a worker with this id."""
@@ -89,6 +104,23 @@ class RuntimeStep(bootsteps.StartStopStep):
 class PatientConsumer(Consumer):
     """Reconnects within a second of Redis coming back; Celery's own back-off grows to 30 s and cannot be set."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # A kombu channel that has lost its connection fails with "'NoneType' object has no attribute …" when it acknowledges or gives
+        # back messages, which would end the worker as "unrecoverable". https://github.com/celery/kombu/issues/582
+        lost: Any = self
+        lost.connection_errors = (*lost.connection_errors, AttributeError)  # untyped in the stubs
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        with warnings.catch_warnings():
+            # It warns at each reconnect of what Celery will do to tasks with late acks, and there are none here.
+            warnings.simplefilter("ignore", PendingDeprecationWarning)
+            try:
+                super().on_connection_error_after_connected(exc)
+            except AttributeError as error:
+                log.warning("the lost connection could not be closed in order: %s", error)
+                self.connection = None
+
     def ensure_connected(self, conn: Any) -> Any:
         conn = conn.ensure_connection(
             self._reconnect_error, None, interval_start=0.2, interval_step=0.2, interval_max=1.0, callback=self._should_stop
@@ -101,6 +133,4 @@ class PatientConsumer(Consumer):
 
     @staticmethod
     def _should_stop() -> None:
-        from celery.worker import state
-
         state.maybe_shutdown()

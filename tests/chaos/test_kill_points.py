@@ -1,0 +1,181 @@
+"""Each point where a worker can die: the caller only waits, and what it is told is whole and true; nothing happens twice.
+
+All cases are played beforehand, several at a time, because each is mostly waiting for a lease to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from cifixer_exec import AppConfig, create_async_sandbox
+from tests.chaos import cases
+from tests.chaos.beat import Beat
+from tests.chaos.cases import EXPECTED, OP, Outcome, Stage, Story, stage_config
+from tests.chaos.plan import LEASE_S
+from tests.chaos.workers import Workers
+from tests.support.contract_stack import check_present
+from tests.support.failpoints import POINTS, Arm
+from tests.support.redis_proxy import RedisProxy
+from tests.support.redis_server import redis_server
+
+_AT_ONCE = 5
+
+
+def _arms(kind: str, *points: str) -> list[Arm]:
+    return [Arm(point=p, kind=kind) for p in points]
+
+
+#: ``take.before`` knows no kind yet: the first passing is that of the create.
+COMMAND = (
+    Arm(point="take.before", hit=2),
+    *_arms("start", "take.after", "start.before", "start.sent", "output.first", "publish.before", "publish.after"),
+    *_arms("start", "output.next", "start.ended", "finish.before", "finish.after"),
+    *(Arm(point=p, action="freeze", kind="start") for p in ("start.before", "finish.before")),
+)
+CREATE = (
+    Arm(point="take.before"),
+    *_arms("create", "take.after", "create.before", "create.after", "ready.before", "ready.after", "finish.before", "finish.after"),
+)
+DESTROY = _arms("destroy", "take.after", "destroy.before", "destroy.after", "close.before", "close.after", "finish.before", "finish.after")
+WRITE = _arms("file", "call.before", "call.after", "finish.before", "finish.after")
+#: The write before it passes the same points.
+REMOVE = (Arm(point="call.after", kind="file", hit=2),)
+EXTEND = _arms("extend", "extend.before", "extend.after", "set_expiry.after")
+
+
+def _named(kind: str, arms: Iterable[Arm], story: Story) -> dict[str, tuple[Arm, Story]]:
+    return {f"{kind}-{arm.action}-{arm.point}": (arm, story) for arm in arms}
+
+
+CASES = {
+    **_named("command", COMMAND, cases.run_command),
+    **_named("create", CREATE, cases.nothing),
+    **_named("destroy", DESTROY, cases.nothing),
+    **_named("write", WRITE, cases.write_file),
+    **_named("remove", REMOVE, cases.remove_file),
+    **_named("extend", EXTEND, cases.extend),
+}
+Played = dict[str, Outcome]
+
+
+async def _play_all(redis_url: str, directory: Path, names: list[str]) -> Played:
+    workers, turns = await Workers.start(directory), asyncio.Semaphore(_AT_ONCE)
+
+    async def one(name: str) -> Outcome:
+        arm, story = CASES[name]
+        async with turns:
+            config = stage_config(redis_url, f"kp{uuid4().hex[:8]}", directory / "state" / name)
+            return await cases.play(workers, config, arm, story)
+
+    try:
+        return dict(zip(names, await asyncio.gather(*(one(n) for n in names)), strict=True))
+    finally:
+        await workers.stop()
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    """Short, and open to the user ids that sandboxes run as."""
+    path = Path(tempfile.mkdtemp(prefix="kp-"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def played(request: pytest.FixtureRequest, redis_url: str, directory: Path) -> Played:
+    """The outcomes of the cases that this run of pytest asks for."""
+    check_present("local", AppConfig(state_dir=directory / "probe"))
+    here = [i for i in request.session.items if isinstance(i, pytest.Function) and i.module is request.module and hasattr(i, "callspec")]
+    collected = {item.callspec.params.get("name") for item in here}
+    return asyncio.run(_play_all(redis_url, directory, [n for n in CASES if n in collected]))
+
+
+@pytest.mark.timeout(300)  # the first one plays them all
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_lost_or_doubled(played: Played, name: str) -> None:
+    arm, story = CASES[name]
+    outcome = played[name]
+    if outcome.error is not None:
+        raise outcome.error
+    assert f"{arm.action} {arm.point}" in outcome.passed, outcome.log
+    assert outcome.ended == (-signal.SIGKILL if arm.action == "kill" else None)
+    assert outcome.left == 0
+    if story is cases.run_command:
+        _check_command(arm, outcome)
+    elif story is not cases.extend:
+        assert outcome.content == (b"content" if story is cases.write_file else b"")
+
+
+def _check_command(arm: Arm, outcome: Outcome) -> None:
+    result, op = outcome.result, outcome.op
+    assert result is not None
+    assert op is not None
+    assert (result.status, result.exit_code, result.stdout) == ("exited", 7, EXPECTED)
+    assert outcome.ledger == f"{OP}\n".encode()
+    assert outcome.adopted
+    begun = arm.point not in ("take.before", "finish.after")
+    assert op.attempt == (2 if begun else 1)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "freeze" in n])
+def test_who_wakes_up_late_is_refused(played: Played, name: str) -> None:
+    """A late start by the runner, which has met the next owner; a late finish by Redis."""
+    assert f"fenced by {'the runner' if 'start' in name else 'Redis'}" in played[name].log
+
+
+def _reap(config: AppConfig) -> None:
+    beat = Beat(config)
+    beat.reap(30)
+    beat.close()
+
+
+async def _reach_all(directory: Path) -> tuple[list[str], str]:
+    with redis_server() as server:
+        proxy, workers = RedisProxy(server.port), await Workers.start(directory)
+        port = proxy.port()
+        stage = Stage(workers, stage_config(server.tcp_url, f"kp{uuid4().hex[:8]}", directory / "state"))
+        try:
+            worker = await stage.worker(
+                *(Arm(point=p, action="note") for p in POINTS), config=stage.config.with_(redis_url=proxy.url(port))
+            )
+            await stage.sandbox.init()
+            await cases.run_command(stage, Outcome())
+            await stage.sandbox.extend(1000)
+            other = create_async_sandbox(stage.config)
+            await other.init()
+            await other.teardown()
+            await other.close()
+            await asyncio.to_thread(_reap, stage.config)
+            # Answers that take longer than the lease: the worker is in doubt about it and passes doorbells on.
+            slow = asyncio.create_task(proxy.do(port.slow, 0.5 * LEASE_S, 3 * LEASE_S))
+            await asyncio.sleep(1.3 * LEASE_S)
+            await stage.sandbox.run_command("true")
+            await slow
+            worker.signal(signal.SIGTERM)  # the sandbox is idle, and handed over
+            await worker.ended
+            await stage.worker()
+            await stage.sandbox.teardown()
+            return cases.passed(workers, worker), worker.text()
+        finally:
+            await stage.close()
+            await workers.stop()
+            proxy.close()
+
+
+def test_every_point_can_be_reached(directory: Path) -> None:
+    points, log = asyncio.run(_reach_all(directory / "all"))
+    assert {f"note {p}" for p in POINTS} - set(points) == set(), log
+
+
+def test_a_point_that_is_not_there_cannot_be_armed() -> None:
+    with pytest.raises(ValueError, match=r"no\.such"):
+        Arm(point="no.such")
