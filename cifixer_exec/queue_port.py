@@ -18,6 +18,8 @@ from cifixer_exec.store.records import End, NewOp, NewSandbox
 
 #: Output larger than this is dropped from Redis soon after its caller has it; less is not worth a round trip.
 COLLECT_ABOVE_BYTES = 64 * 1024
+#: For a caller who gives up waiting: so long may saying so take.
+ABANDON_S = 2.0
 
 
 class QueuePort:
@@ -33,7 +35,10 @@ class QueuePort:
         """Raises SandboxNotFoundError, or SandboxLostError with the cause."""
         record = await self._journal.sandbox(self._sandbox_id)
         if record is None or record.state in ("closed", "closing"):
-            raise SandboxNotFoundError(f"sandbox {self._sandbox_id!r} is not registered: it was never made, or it was torn down")
+            raise SandboxNotFoundError(
+                f"sandbox {self._sandbox_id!r} is not registered: it was never made, or torn down, or Redis has just lost its data"
+                " (then its worker registers it again: ask again in a few seconds)"
+            )
         if record.state == "lost":
             raise SandboxLostError(f"sandbox {self._sandbox_id!r} is lost: {record.cause}")
 
@@ -46,14 +51,18 @@ class QueuePort:
         try:
             await self._ask(create_op(op_id, spec, wait_s=self._wait_s))
         except (asyncio.CancelledError, QueueUnavailableError):
-            await asyncio.shield(self._abandon(op_id))
+            with suppress(TimeoutError):  # its own deadlines end what cannot be ended from here
+                await asyncio.shield(asyncio.wait_for(self._abandon(op_id), ABANDON_S))
             raise
         await self.check_exists()  # a repeated create of a sandbox that was torn down since is answered with its old success
 
     async def _abandon(self, op_id: str) -> None:
         """The caller gave up waiting: what may still be made has no user, so it is to go at once, not at the end of its lifetime."""
-        with suppress(ExecutorError):
-            if await self._journal.cancel(op_id) != "cancelled":
+        with suppress(QueueUnavailableError):
+            state = ""
+            with suppress(InvalidRequestError):  # Redis does not know the op, and may have forgotten it
+                state = await self._journal.cancel(op_id)
+            if state != "cancelled":
                 await self._journal.submit(self._op("destroy", {}))
 
     async def destroy(self) -> None:

@@ -73,7 +73,8 @@ class Reaper:
             return False
         if record is None or record.placement not in ("", self._backend.placement):
             return True  # unknown, or registered at another placement: a creation that was adopted there left this one behind
-        return now >= record.expires_ms / 1000
+        # Whichever is later: an old snapshot of Redis may not know that it was extended.
+        return now >= max(record.expires_ms / 1000, owned.expires_at_s)
 
     async def _destroy(self, doomed: list[Owned], records: dict[str, SandboxRecord]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         destroyed, failed = [], []

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +116,9 @@ class SandboxSession:
             for chunk in gate.rest(index):
                 yield chunk
             if not records[-1].ok:
+                if records[-1].status is Status.UNKNOWN:  # its record was dropped, and one behind it may run that nobody would look after
+                    with suppress(SandboxLostError):
+                        await self._kill(op_id, len(commands), 2.0)
                 break
         yield Ended(records=tuple(records))
 
@@ -158,9 +161,9 @@ class SandboxSession:
             try:
                 answer = await self.channel.request("kill", {"op_id": f"{op_id}:{index}", "grace_s": grace_s, "status": "killed"})
             except InvalidRequestError as error:
-                if error.code != "op_unknown":
+                if error.code not in ("op_unknown", "op_dropped"):
                     raise
-                missing = True  # not begun, or so long over that its record was dropped: those behind it may run
+                missing = missing or error.code == "op_unknown"
                 continue
             record = answer.document.get("record")
             if not isinstance(record, dict) or record.get("status") != Status.EXITED or record.get("exit_code") != 0:
@@ -172,9 +175,9 @@ class SandboxSession:
         try:
             await self.channel.request("status", {"op_id": f"{op_id}:0"})
         except InvalidRequestError as error:
-            if error.code == "op_unknown":
-                return False
-            raise
+            if error.code not in ("op_unknown", "op_dropped"):
+                raise
+            return error.code == "op_dropped"
         return True
 
     def is_running(self, op_id: str) -> bool:

@@ -108,9 +108,10 @@ class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         hidden = {"argsrepr": f"({op.sandbox_id!r}, …)", "kwargsrepr": "{}"}
         return super().apply_async((op.sandbox_id,), {"journaled": True}, task_id=op.op_id, **{**options, **hidden})
 
-    def apply_again(self, sandbox_id: str | None, op_id: str) -> None:
-        """Send the task once more for an op that is journaled already."""
-        super().apply_async((sandbox_id,), {"journaled": True}, task_id=op_id)
+    def apply_again(self, sandbox_id: str | None) -> None:
+        """Send the current request once more for the op that is journaled already: the same id, links, chain and chord."""
+        again = self.signature_from_request(self.request, (sandbox_id,), {"journaled": True})
+        super().apply_async(again.args, again.kwargs, **again.options)
 
     def make_op(self, op_id: str, *args: Any, **kwargs: Any) -> NewOp:
         """The op that this call means."""
@@ -192,7 +193,7 @@ def _carry_out(task: Any, sandbox_id: str | None, journaled: bool, make_op: Any)
     except (CancelledError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not worker.stopped:
             raise
-        task.apply_again(sandbox_id, op_id)
+        task.apply_again(sandbox_id)
         raise Ignore from None
 
 

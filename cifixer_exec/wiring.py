@@ -18,7 +18,7 @@ from cifixer_exec.queues import MAINTENANCE, placement_queue, pool_queue
 from cifixer_exec.reaper import Reaper
 from cifixer_exec.sandbox import DirectPort
 from cifixer_exec.settings import AppConfig
-from cifixer_exec.store.connection import connect
+from cifixer_exec.store.connection import SOCKET_TIMEOUT_S, connect
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.worker.execution import Executor
@@ -56,9 +56,9 @@ def make_spec(config: AppConfig, sandbox_id: str | None = None) -> SandboxSpec:
     )
 
 
-def make_journal(config: AppConfig, *, patience_s: float | None = None) -> Journal:
+def make_journal(config: AppConfig, *, patience_s: float | None = None, socket_timeout_s: float = SOCKET_TIMEOUT_S) -> Journal:
     """A journal with a connection pool of its own, for use on one event loop; as patient as ``config`` says, or else ``patience_s``."""
-    redis = connect(config.redis_url)
+    redis = connect(config.redis_url, socket_timeout_s=socket_timeout_s)
     patience_s = config.redis_patience_s if patience_s is None else patience_s
     kept = {"retention_s": config.retention_s, "collected_s": config.collected_s}
     return Journal(redis, namespace=config.namespace, patience_s=patience_s, **kept)
@@ -97,8 +97,9 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
     """Everything of a worker process besides Celery; ``answer`` is Celery's part of it."""
     backend = make_backend(config)
     portal, lease_portal = Portal(), Portal("cifixer-lease")
-    # What a worker has to say it repeats itself, and a heartbeat that waits is none.
-    journal, lease_journal = make_journal(config, patience_s=0.0), make_journal(config, patience_s=0.0)
+    # What a worker has to say it repeats itself, and a heartbeat that waits is none: with its retries it fits into a lease.
+    journal = make_journal(config, patience_s=0.0)
+    lease_journal = make_journal(config, patience_s=0.0, socket_timeout_s=max(0.5, config.lease_s / 6))
     ownership = Ownership(backend, wid)
     executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid)
     placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}
@@ -121,7 +122,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
         wid=wid,
         ttl_s=config.lease_s,
         info=lambda: {**placed, **runtime.info()},
-        on_lapse=lambda: runtime.lapsed(),  # noqa: PLW0108  # it does not exist yet
+        on_change=lambda last, now: runtime.lease_changed(last, now),  # noqa: PLW0108  # it does not exist yet
         healthy=lambda: runtime.responsive(),  # noqa: PLW0108
     )
     runtime = WorkerRuntime(

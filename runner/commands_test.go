@@ -278,7 +278,7 @@ func TestForgetAndList(t *testing.T) {
 	}
 	c.fails(codeBusy, object{"verb": "forget", "op_id": running["op_id"]}, nil)
 	c.do(object{"verb": "forget", "op_id": done["op_id"]}, nil)
-	c.fails(codeOpUnknown, object{"verb": "status", "op_id": done["op_id"]}, nil)
+	c.fails(codeOpDropped, object{"verb": "status", "op_id": done["op_id"]}, nil)
 	if _, err := os.Stat(filepath.Join(s.spool, "commands", done["op_id"].(string))); !os.IsNotExist(err) {
 		t.Errorf("the spool of a forgotten command: %v", err)
 	}

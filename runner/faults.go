@@ -14,6 +14,7 @@ const (
 	codeUnauthorized  = "unauthorized"
 	codeInvalid       = "invalid"
 	codeOpUnknown     = "op_unknown"
+	codeOpDropped     = "op_dropped"
 	codeOpConflict    = "op_conflict"
 	codeBusy          = "busy"
 	codeCancelled     = "cancelled"

@@ -305,7 +305,7 @@ func TestADroppedCommandDoesNotRunAgain(t *testing.T) {
 	}
 	c.fails(codeOpConflict, with(args, "digest", "other"), nil)
 	for _, verb := range []string{"status", "attach", "kill", "forget", "stdin"} {
-		c.fails(codeOpUnknown, object{"verb": verb, "op_id": args["op_id"]}, nil)
+		c.fails(codeOpDropped, object{"verb": verb, "op_id": args["op_id"]}, nil)
 	}
 	if log, _ := os.ReadFile(filepath.Join(s.workspace, "log")); string(log) != "ran\n" {
 		t.Errorf("it ran like this: %q", log)

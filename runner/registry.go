@@ -82,6 +82,9 @@ func (r *registry) start(request *startRequest) (c *command, created bool, err e
 func (r *registry) claim(request *startRequest) (*command, bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if request.fenced() { // asked in here: an owner that comes later and finds no such command can rely on that
+		return nil, false, errFenced
+	}
 	if c := r.known[request.OpID]; c != nil {
 		if c.digest != request.Digest {
 			return nil, false, opConflict(request.OpID)
@@ -190,7 +193,7 @@ func (r *registry) find(id string) (*command, error) {
 		}
 	}
 	if gone {
-		return nil, faultf(codeOpUnknown, "command %q: %s", shorten(id, 140), droppedCause)
+		return nil, faultf(codeOpDropped, "command %q: %s", shorten(id, 140), droppedCause)
 	}
 	return nil, faultf(codeOpUnknown, "no command with op_id %q is known here", shorten(id, 140))
 }

@@ -21,6 +21,7 @@ type startRequest struct {
 	Stdin      string         `json:"stdin"`
 	Attach     *attachRequest `json:"attach"`
 	body       []byte
+	fenced     func() bool // whether a newer owner has come since
 }
 
 const (

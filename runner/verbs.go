@@ -130,7 +130,7 @@ func (s *server) start(r *request) (any, error) {
 	if err := r.document.decode(&args); err != nil {
 		return nil, err
 	}
-	args.body = r.document.body
+	args.body, args.fenced = r.document.body, r.connection.isStale
 	if err := args.check(); err != nil {
 		return nil, err
 	}

@@ -58,6 +58,7 @@ _STATUSES = [None, *(s.value for s in Status if s is not Status.SANDBOX_LOST)]
 _ERRORS: dict[str, type[ExecutorError]] = {
     "invalid": InvalidRequestError,
     "op_unknown": InvalidRequestError,
+    "op_dropped": InvalidRequestError,
     "op_conflict": OperationConflictError,
     "busy": CapacityError,
     "path_not_allowed": InvalidRequestError,

@@ -13,6 +13,7 @@
 --                          created_ms expires_ms cause                         - ; retention once closed or lost
 --   sandboxes      zset    sid -> expires_ms, of all that are neither closed nor lost          -
 --   owned:<wid>    set     sids pinned to the worker                                           -
+--   unowned        set     sids that an owner has left and nobody has taken yet                -
 --   op:<oid>       hash    sid kind digest payload body state epoch attempt nonce deadline_ms run_ms created_ms
 --                          started_ms finished_ms rung_ms rings bell cancel raw result error ended_by
 --                                                                               - ; retention once final
@@ -20,7 +21,7 @@
 --   live           zset    sid -> ms; a sandbox with open ops that was last looked at then     -
 --   cancelling     set     running ops whose cancellation is wanted                            -
 --   answers        zset    oid -> ms; ended ops of raw Celery tasks whose answer Celery may lack   -
---   born           string  ms when this registry began; younger than that it knows nothing     -
+--   born           hash    server's run id, and ms when it was first seen with this data        -
 --   out:<oid>      stream  output "e i s o d", then one end entry "e end r b"   - ; retention once final
 --   lock:sweep     string  one janitor at a time                                               PX 900
 --   <queue>        list    Celery's own; so are the three _kombu.binding sets touched by clean_worker   -
@@ -42,6 +43,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local FINAL = {done = true, failed = true, cancelled = true}
 local GONE = {closed = true, lost = true}
 local GRACE_MS = 15000 -- a running op past its deadline is given up this much later, if nobody owns its sandbox
+local BEYOND_MS = 120000 -- an entry so long past its end, with no owner to see to it, is closed by whoever sweeps
 local CALM_MS = 30000 -- a sandbox whose ops all run under a living owner is looked at this much less often
 local ANSWER_MS = 1500 -- whoever waits for a raw task's op has had this long to give Celery its answer
 local KOMBU_SEP = '\6\22'
@@ -171,6 +173,7 @@ local function shut(sandbox, state, cause, keep_op)
   call('HDEL', hash, 'spec')
   call('PEXPIRE', hash, retention_ms)
   call('ZREM', prefix .. 'sandboxes', sid)
+  call('SREM', prefix .. 'unowned', sid)
   if sandbox.owner ~= '' then
     call('SREM', key('owned', sandbox.owner), sid)
   end
@@ -208,6 +211,7 @@ end
 -- Take a sandbox from its owner (alive or not). The epoch stays: the next owner raises it.
 local function disown(sandbox)
   call('SREM', key('owned', sandbox.owner), sandbox.sid)
+  call('SADD', prefix .. 'unowned', sandbox.sid)
   call('HSET', key('sandbox', sandbox.sid), 'owner', '')
   sandbox.owner = ''
   ring_all(sandbox, sandbox.queue)
@@ -253,8 +257,16 @@ function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms,
     return {'known', known[1]}
   end
   local sandbox = load_sandbox(sid)
-  local ended = kind == 'destroy' and GONE[sandbox.state]
-  if kind == 'create' then
+  if kind == 'destroy' and sandbox.state == '' then
+    -- Redis may have forgotten a sandbox that lives. Its owner must not register it again, but remove it.
+    sandbox.state = 'closed'
+    call('HSET', key('sandbox', sid), 'state', 'closed', 'cause', 'its user asked for that', 'created_ms', now, 'epoch', 0)
+    call('PEXPIRE', key('sandbox', sid), retention_ms)
+  end
+  local ended = kind == 'destroy' and GONE[sandbox.state] and '{}'
+  if kind == 'create' and sandbox.state == 'ready' and sandbox.create_op == '' then
+    ended = call('HGET', key('sandbox', sid), 'handle') -- registered again: the op that made it was forgotten
+  elseif kind == 'create' then
     if sandbox.state ~= '' then
       return refuse('OperationConflictError', 'sandbox id ' .. sid .. ' is already in use: choose a new sandbox id')
     end
@@ -275,7 +287,7 @@ function verbs.submit(oid, sid, kind, digest, payload, body, timeout_ms, run_ms,
     call('HSET', hash, 'raw', 1)
   end
   if ended then
-    settle(oid, load_op(oid), 'done', '{}')
+    settle(oid, load_op(oid), 'done', ended)
     return {'created', 'done'}
   end
   call('SADD', key('open', sid), oid)
@@ -335,6 +347,7 @@ local function own(sandbox, wid, oid)
   sandbox.owner = wid
   call('HSET', key('sandbox', sid), 'owner', wid, 'epoch', sandbox.epoch)
   call('SADD', key('owned', wid), sid)
+  call('SREM', prefix .. 'unowned', sid)
   if before ~= '' then -- of a dead one that no sweep has seen yet: its other ops come along
     call('SREM', key('owned', before), sid)
     ring_all(sandbox, wid .. '.dq2', oid)
@@ -358,7 +371,9 @@ local function begin(oid, op, sandbox, nonce)
   return grant(oid, sandbox.sid)
 end
 
-function verbs.take(wid, oid, nonce)
+-- The term is that of the lease under which the caller heard the doorbell. If it has lapsed since, the caller is about to drop all that
+-- it has in progress: what it got now would run nowhere.
+function verbs.take(wid, oid, nonce, term)
   local op = load_op(oid)
   if op.state == '' then
     return {'no', 'gone'}
@@ -366,7 +381,7 @@ function verbs.take(wid, oid, nonce)
     return {'no', 'cancelled'}
   elseif FINAL[op.state] then
     return {'no', 'final'}
-  elseif not alive(wid) then
+  elseif not alive(wid) or call('GET', key('term', wid)) ~= term then
     return {'no', 'fenced'}
   end
   local sandbox = load_sandbox(op.sid)
@@ -477,8 +492,16 @@ function verbs.set_expiry(sid, expires_in_ms, wid, epoch)
   return {'ok'}
 end
 
-function verbs.expired(limit)
-  return call('ZRANGEBYSCORE', prefix .. 'sandboxes', '-inf', now, 'LIMIT', 0, limit)
+-- Since when this server has had this data. Another run of it may have lost some: all of it, what it had not yet written, or what a
+-- replica had not yet heard.
+local function born()
+  local run_id = string.match(call('INFO', 'server'), 'run_id:(%w+)') or ''
+  local known = load(prefix .. 'born', 'run_id', 'ms')
+  if known.run_id ~= run_id or known.ms == '' then
+    call('HSET', prefix .. 'born', 'run_id', run_id, 'ms', now)
+    return string.format('%.0f', now)
+  end
+  return known.ms
 end
 
 -- A lease that had lapsed never brings old ownership back: its holder stopped believing in it, others may have begun.
@@ -491,8 +514,7 @@ function verbs.renew(wid, ttl_ms, info)
   call('SET', key('worker', wid), info, 'PX', ttl_ms)
   call('SET', key('term', wid), term, 'PX', ttl_ms)
   call('SADD', prefix .. 'workers', wid)
-  call('SET', prefix .. 'born', now, 'NX')
-  return {'ok', term}
+  return {'ok', term, born()}
 end
 
 -- What Celery keeps for a worker; its queue has nothing that the journal could not ring for again.
@@ -523,13 +545,46 @@ function verbs.restore(sid, backend, placement, queue, spec, handle, created_ms,
   call('HSET', key('sandbox', sid), 'backend', backend, 'placement', placement, 'state', 'ready', 'owner', '', 'epoch', 0, 'spec', spec,
        'handle', handle, 'create_op', '', 'queue', queue, 'created_ms', created_ms, 'expires_ms', expires_ms, 'cause', '')
   call('ZADD', prefix .. 'sandboxes', expires_ms, sid)
+  call('SADD', prefix .. 'unowned', sid)
   return {'ok'}
 end
 
 -- How long this registry has been there: one that was just made (again) does not know what there is.
 function verbs.age()
-  call('SET', prefix .. 'born', now, 'NX')
-  return {'ok', now - call('GET', prefix .. 'born')}
+  return {'ok', now - born()}
+end
+
+-- Hand over all sandboxes of a worker but the named ones.
+function verbs.leave(wid, ...)
+  local kept, count = {}, 0
+  for _, sid in ipairs({...}) do
+    kept[sid] = true
+  end
+  for _, sid in ipairs(call('SMEMBERS', key('owned', wid))) do
+    local sandbox = load_sandbox(sid)
+    if sandbox.owner == wid and not kept[sid] then
+      disown(sandbox)
+      count = count + 1
+    end
+  end
+  return {'ok', count}
+end
+
+-- The ops that run under a worker, by the journal: oid, sid and epoch of each.
+function verbs.running(wid)
+  local found = {}
+  for _, sid in ipairs(call('SMEMBERS', key('owned', wid))) do
+    local epoch = call('HGET', key('sandbox', sid), 'epoch')
+    for _, oid in ipairs(call('SMEMBERS', key('open', sid))) do
+      local op = load_op(oid)
+      if op.state == 'running' and op.epoch == epoch then
+        found[#found + 1] = oid
+        found[#found + 1] = sid
+        found[#found + 1] = epoch
+      end
+    end
+  end
+  return found
 end
 
 function verbs.hand_over(wid, sid, epoch)
@@ -640,6 +695,12 @@ function verbs.sweep(wid, limit, reping_ms)
   end
   for _, sid in ipairs(call('ZRANGEBYSCORE', prefix .. 'live', '-inf', now - reping_ms, 'LIMIT', 0, limit)) do
     tend_sandbox(sid, counts, tonumber(reping_ms))
+  end
+  for _, sid in ipairs(call('ZRANGEBYSCORE', prefix .. 'sandboxes', '-inf', now - BEYOND_MS, 'LIMIT', 0, limit)) do
+    local sandbox = load_sandbox(sid)
+    if not alive(sandbox.owner) then
+      shut(sandbox, 'lost', 'its lifetime ended, and no worker of its placement was there to see to it')
+    end
   end
   local unanswered = call('ZRANGEBYSCORE', prefix .. 'answers', '-inf', now - ANSWER_MS, 'LIMIT', 0, limit)
   return {'ok', counts.rung or 0, counts.expired or 0, cleaned, unanswered}

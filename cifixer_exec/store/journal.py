@@ -6,17 +6,33 @@ repeated after a lost reply. All raise :class:`~cifixer_exec.errors.QueueUnavail
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from cifixer_exec.errors import InvalidRequestError, error_from_json
 from cifixer_exec.model import OutputChunk
 from cifixer_exec.store import doorbell, records, streams
 from cifixer_exec.store.keys import Keys, check_queue, check_worker_id
-from cifixer_exec.store.records import End, Entry, NewOp, NotTaken, OpRecord, SandboxRecord, Submitted, Swept, Taken, WorkerRecord
+from cifixer_exec.store.records import (
+    End,
+    Entry,
+    NewOp,
+    NotTaken,
+    OpRecord,
+    Renewal,
+    RunningOp,
+    SandboxRecord,
+    Submitted,
+    Swept,
+    Taken,
+    WorkerRecord,
+)
 from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.store.script import Script
 
@@ -25,6 +41,7 @@ T = TypeVar("T")
 #: Chunks per Lua call: four arguments each, and Lua can unpack about 8000.
 _CHUNKS_PER_CALL = 1000
 _KEYS_PER_UNLINK = 1000
+_TELL_S = 1.0
 #: How long a doorbell may go unanswered before who waits for the op rings again.
 _REPING_MS = 2000
 
@@ -108,12 +125,18 @@ class Journal:
         return str((await self._call("cancel", op_id))[1].decode())
 
     async def collected(self, op_id: str) -> None:
-        """The caller has the result: a final op and its output need not be kept for long."""
-        await self._call("collected", op_id, self._collected_ms)
+        """The caller has the result: a final op and its output need not be kept long. If this cannot be told, they are. Never raises."""
+        await self._tell("collected", op_id, self._collected_ms)
 
     async def drop(self, op_id: str) -> None:
-        """Nobody will ask for the op again: a final one goes now, with its output."""
-        await self._call("collected", op_id, 0)
+        """Nobody will ask for the op again: a final one goes now, with its output; else later. Never raises."""
+        await self._tell("collected", op_id, 0)
+
+    async def _tell(self, verb: str, *arguments: str | int) -> None:
+        """Whoever has a result must not wait for this, nor lose it by this."""
+        with suppress(RedisError, TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                await self._script(verb, *arguments)
 
     async def read(self, op_id: str, *, after: str = "0", block_s: float = 5.0) -> list[Entry]:
         """The next entries of an op's stream, waiting up to ``block_s`` (0: not at all) for the first."""
@@ -132,13 +155,14 @@ class Journal:
 
     # ------------------------------------------------------------------------------------------------- workers
 
-    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> int:
-        """Take or renew the lease. Returns its term: another number than the last time says that it had lapsed in between.
+    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> Renewal:
+        """Take or renew the lease.
 
         After a lapse nothing is owned any more: what ran goes on in its sandbox and is adopted under a higher epoch.
         """
         text = records.dumps(info, "the worker's info")
-        return int((await self._call("renew", check_worker_id(wid), records.milliseconds(ttl_s), text))[1])
+        _, term, born_ms = await self._call("renew", check_worker_id(wid), records.milliseconds(ttl_s), text)
+        return Renewal(term=int(term), born_ms=int(born_ms))
 
     async def holds(self, wid: str) -> bool:
         """True if the worker's lease lives."""
@@ -153,9 +177,21 @@ class Journal:
         """Hand one sandbox to its pool while the lease goes on (drain). False if it is not the worker's."""
         return _done(await self._call("hand_over", wid, sandbox_id, epoch))
 
-    async def take(self, wid: str, op_id: str, nonce: str) -> Taken | NotTaken:
-        """Answer a doorbell: a grant to run the op, or why not. The same ``nonce`` gets the same grant again."""
-        reply = await self._call("take", wid, op_id, nonce)
+    async def leave(self, wid: str, keep: Iterable[str] = ()) -> int:
+        """Hand over all sandboxes of a worker but ``keep`` while its lease goes on (drain). Returns how many."""
+        return int((await self._call("leave", wid, *keep))[1])
+
+    async def running(self, wid: str) -> list[RunningOp]:
+        """What the journal says that the worker runs."""
+        found = await self._call("running", wid)
+        return [RunningOp(op_id=o.decode(), sandbox_id=s.decode(), epoch=int(e)) for o, s, e in zip(*[iter(found)] * 3, strict=True)]
+
+    async def take(self, wid: str, op_id: str, nonce: str, term: int) -> Taken | NotTaken:
+        """Answer a doorbell: a grant to run the op, or why not. The same ``nonce`` gets the same grant again.
+
+        ``term``: of the lease that the worker knew when it heard the doorbell; under another one it is fenced.
+        """
+        reply = await self._call("take", wid, op_id, nonce, term)
         if reply[0] == b"taken":
             return records.taken_from(op_id, reply[1:])
         return NotTaken(reason=reply[1].decode())
@@ -270,9 +306,14 @@ class Journal:
             ids = await cast(Any, self._redis.zrange(self.keys.sandboxes, 0, -1))
         return await self._sandboxes(i.decode() for i in ids)
 
-    async def expired(self, limit: int = 100) -> list[SandboxRecord]:
-        """Up to ``limit`` sandboxes past their expiry, the oldest first."""
-        return await self._sandboxes(i.decode() for i in await self._call("expired", limit))
+    async def unowned(self) -> list[SandboxRecord]:
+        """Those that an owner has left and nobody has taken since."""
+        ids = await self._patiently(lambda: cast(Any, self._redis.smembers(self.keys.unowned)))
+        return await self._sandboxes(i.decode() for i in ids)
+
+    async def known_sandboxes(self, sandbox_ids: Iterable[str]) -> list[SandboxRecord]:
+        """Those of ``sandbox_ids`` that are registered, over or not."""
+        return await self._sandboxes(sandbox_ids)
 
     async def _sandboxes(self, ids: Iterable[str]) -> list[SandboxRecord]:
         wanted = list(ids)

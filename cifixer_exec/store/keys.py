@@ -53,6 +53,7 @@ class Keys:
         self.prefix = f"{namespace}:"
         self.workers = f"{self.prefix}workers"
         self.sandboxes = f"{self.prefix}sandboxes"
+        self.unowned = f"{self.prefix}unowned"
 
     def worker(self, worker_id: str) -> str:
         """The lease of a worker."""

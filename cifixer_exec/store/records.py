@@ -60,6 +60,25 @@ class Submitted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Renewal:
+    """A lease as it stands. Another ``term`` than the last time: it had lapsed in between. Another ``born_ms``: Redis was started anew,
+    and may have lost some of its data.
+    """
+
+    term: int
+    born_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningOp:
+    """An op that the journal calls running, with the owner's epoch."""
+
+    op_id: str
+    sandbox_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Taken:
     """A grant to run an op under ``epoch``.
 

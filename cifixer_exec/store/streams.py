@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from cifixer_exec.errors import QueueUnavailableError
@@ -145,7 +145,8 @@ class Patience:
 
     async def wait(self, error: RedisError) -> None:
         """A moment after ``error``. Raises QueueUnavailableError when it took too long."""
-        if time.monotonic() - self._last_success + self._delay_s > self._patience_s:
+        refused = isinstance(error, AuthenticationError | AuthorizationError)  # redis-py counts them as lost connections
+        if refused or time.monotonic() - self._last_success + self._delay_s > self._patience_s:
             raise translate(error, server_name(self._redis)) from error
         await asyncio.sleep(self._delay_s)
         self._delay_s = min(_LAST_DELAY_S, self._delay_s * 2)

@@ -61,7 +61,7 @@ class Executor:
             await self._kinds.get(taken.kind, self._call)(taken)
         except FencedError:
             log.warning("op %s: fenced by Redis, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
-            self._ownership.drop(taken.sandbox_id)
+            self._ownership.drop(taken.sandbox_id, taken.epoch)
         except EpochStaleError:
             log.warning("op %s: fenced by the runner, another worker owns sandbox %s now", taken.op_id, taken.sandbox_id)
             await self._superseded(taken)
@@ -84,7 +84,7 @@ class Executor:
         """The runner has seen a newer owner. If the registry has not, one of them is wrong: Redis forgot, its clock was set back, or
         hostile code answers for the runner. A new epoch helps in all cases but the last, and the caller must not wait for ever.
         """
-        self._ownership.drop(taken.sandbox_id)
+        self._ownership.drop(taken.sandbox_id, taken.epoch)
         if taken.attempt >= MOST_ATTEMPTS_WHEN_STALE:
             await self._failed(taken, SandboxLostError("the sandbox's runner claims a newer owner again and again, and there is none"))
             return
@@ -123,12 +123,12 @@ class Executor:
         if not registered:
             # Another worker may have adopted the creation: the sandbox is the same one (its name is), so it is not ours to destroy.
             raise FencedError
-        self._ownership.remember(taken, handle)
+        self._ownership.remember(handle, taken.spec)
         await self._done(taken, handle.to_json())
 
     async def _unmake(self, taken: Taken, handle: SandboxHandle, error: ExecutorError) -> None:
         """Redis first: once another worker has adopted the creation, the sandbox is that one's."""
-        self._ownership.drop(handle.sandbox_id)
+        self._ownership.drop(taken.sandbox_id, taken.epoch)
         if await self._fail(taken, error):
             await asyncio.to_thread(self._backend.destroy, handle)
 
@@ -140,7 +140,7 @@ class Executor:
             self._closing.discard(taken.sandbox_id)
 
     async def _tear_down(self, taken: Taken) -> None:
-        self._ownership.drop(taken.sandbox_id)
+        self._ownership.drop(taken.sandbox_id, taken.epoch)
         if taken.handle is not None:
             handle = SandboxHandle.from_json(taken.handle)
         else:
@@ -220,7 +220,7 @@ class Executor:
         """
         if taken.sandbox_id in self._closing:
             return
-        self._ownership.drop(taken.sandbox_id)
+        self._ownership.drop(taken.sandbox_id, taken.epoch)
         if not await self._close(taken, state="lost", cause=cause):
             raise FencedError
         self._ownership.forget(taken.sandbox_id)
@@ -229,6 +229,8 @@ class Executor:
                 await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))
             except BackendError as error:
                 log.warning("lost sandbox %s could not be removed now, the reaper will: %s", taken.sandbox_id, error)
+            except Exception:
+                log.exception("lost sandbox %s could not be removed now, the reaper will", taken.sandbox_id)
 
 
 async def finished(work: Coroutine[Any, Any, T]) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cifixer_exec.errors import ExecutorError
 from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.records import Renewal
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +19,10 @@ SAFETY = 0.8
 
 
 class Lease:
-    """``on_lapse`` is called (on the lease's loop) when the lease had to be made anew: nothing is owned any more.
+    """``on_change`` is called (on the lease's loop) when a renewal differs from the last one.
 
-    While ``healthy`` says no, the lease is left to lapse: a worker that is alive and does nothing must not keep its sandboxes from others.
+    It compares instead of being told once: the reply that told of a lapse may have been lost. While ``healthy`` says no, the lease is left
+    to lapse: a worker that is alive and does nothing must not keep its sandboxes from others.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class Lease:
         wid: str,
         ttl_s: float,
         info: Callable[[], Mapping[str, Any]],
-        on_lapse: Callable[[], None],
+        on_change: Callable[[Renewal, Renewal], None],
         healthy: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -38,21 +40,22 @@ class Lease:
         self._wid = wid
         self._ttl_s = ttl_s
         self._info = info
-        self._on_lapse = on_lapse
+        self._on_change = on_change
         self._healthy = healthy
         self._clock = clock
         self._renewed_at = float("-inf")
-        self._term = 0
+        self._last: Renewal | None = None
 
     def valid(self) -> bool:
         """Whether this worker may still act as owner; measured from the *sending* of the last renewal that succeeded."""
         return self._clock() - self._renewed_at < SAFETY * self._ttl_s
 
-    async def take(self) -> None:
+    async def take(self) -> Renewal:
         """The first renewal, before anything is consumed. Raises QueueUnavailableError."""
         sent_at = self._clock()
-        self._term = await self._journal.renew(self._wid, self._ttl_s, self._info())
+        self._last = await self._journal.renew(self._wid, self._ttl_s, self._info())
         self._renewed_at = sent_at
+        return self._last
 
     async def keep(self) -> None:
         """Renew for ever, six times per lifetime of the lease."""
@@ -63,7 +66,7 @@ class Lease:
                 continue
             sent_at = self._clock()
             try:
-                term = await self._journal.renew(self._wid, self._ttl_s, self._info())
+                renewal = await self._journal.renew(self._wid, self._ttl_s, self._info())
             except ExecutorError as error:
                 log.warning("the lease could not be renewed: %s", error)
                 continue
@@ -72,7 +75,6 @@ class Lease:
                 log.exception("the lease could not be renewed")
                 continue
             self._renewed_at = sent_at
-            if term != self._term:  # compared, not told once: the reply that told it may have been lost
-                self._term = term
-                log.warning("the lease had lapsed: this worker owns nothing any more")
-                self._on_lapse()
+            last, self._last = self._last, renewal
+            if last is not None and renewal != last:
+                self._on_change(last, renewal)

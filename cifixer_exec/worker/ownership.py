@@ -28,7 +28,7 @@ class Ownership:
         self._backend = backend
         self._wid = wid
         self._sessions: dict[str, tuple[int, SandboxSession]] = {}
-        #: Registered sandboxes that this worker owned when it last heard of them, for the case that Redis forgets them.
+        #: Registered sandboxes that were this worker's or nobody's when it last heard of them, for the case that Redis forgets them.
         self._known: dict[str, KnownSandbox] = {}
 
     def session(self, taken: Taken) -> SandboxSession:
@@ -45,7 +45,7 @@ class Ownership:
         if taken.handle is None:
             raise SandboxLostError(f"sandbox {taken.sandbox_id!r} was never ready")
         handle = SandboxHandle.from_json(taken.handle)
-        self.remember(taken, handle)
+        self.remember(handle, taken.spec)
         return self.add(taken, handle)
 
     def add(self, taken: Taken, handle: SandboxHandle) -> SandboxSession:
@@ -55,9 +55,9 @@ class Ownership:
         self._sessions[taken.sandbox_id] = (taken.epoch, session)
         return session
 
-    def remember(self, taken: Taken, handle: SandboxHandle) -> None:
+    def remember(self, handle: SandboxHandle, spec: Mapping[str, Any]) -> None:
         """The sandbox is registered as ready."""
-        self._known[taken.sandbox_id] = KnownSandbox(handle=handle, spec=taken.spec)
+        self._known[handle.sandbox_id] = KnownSandbox(handle=handle, spec=spec)
 
     def forget(self, sandbox_id: str) -> None:
         """The sandbox is over."""
@@ -72,16 +72,17 @@ class Ownership:
         """Of all sandboxes with a session, by id."""
         return {sandbox_id: epoch for sandbox_id, (epoch, _) in self._sessions.items()}
 
-    def drop(self, sandbox_id: str) -> None:
-        """Close the channel; the sandbox itself is left as it is."""
-        _, session = self._sessions.pop(sandbox_id, (0, None))
-        if session is not None:
+    def drop(self, sandbox_id: str, epoch: int) -> None:
+        """Close the channel of ``epoch`` (or an older one); the sandbox itself is left as it is. A newer one stays."""
+        held, session = self._sessions.get(sandbox_id, (0, None))
+        if session is not None and held <= epoch:
+            del self._sessions[sandbox_id]
             session.close()
 
     def drop_all(self) -> None:
         """Close every channel: the lease lapsed, or the worker ends."""
-        for sandbox_id in list(self._sessions):
-            self.drop(sandbox_id)
+        for sandbox_id, epoch in self.epochs().items():
+            self.drop(sandbox_id, epoch)
 
     def __len__(self) -> int:
         return len(self._sessions)

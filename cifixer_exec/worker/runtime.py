@@ -14,7 +14,7 @@ from typing import Any
 from cifixer_exec.channel.portal import Portal
 from cifixer_exec.errors import ExecutorError
 from cifixer_exec.store.journal import Journal
-from cifixer_exec.store.records import SandboxRecord, Taken
+from cifixer_exec.store.records import Renewal, SandboxRecord, Taken
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
@@ -24,8 +24,13 @@ log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 1.0
 CANCEL_CHECK_S = 1.0
 PULSE_S = 0.5
+#: Pause behind an error; a round waits longer, see RESTORE_INTERVAL_S.
+RESTORE_S = 1.0
+RESTORE_INTERVAL_S = 30.0
+FORGOTTEN_CHECK_S = 5.0
 #: An event loop that did not get round to its pulse for so long is stuck, not busy.
 STUCK_S = 15.0
+DRAIN_LOOK_S = 0.25
 #: How long a worker whose lease is in doubt waits before it passes a doorbell on, which may come straight back to it.
 DOUBT_S = 0.2
 
@@ -80,7 +85,9 @@ class WorkerRuntime:
         self._background: list[Future[Any]] = []
         self._active: dict[asyncio.Task[Any], Taken | None] = {}
         self._cancels: dict[str, asyncio.Task[None]] = {}
-        self._restoring: asyncio.Task[None] | None = None
+        self._term = 0
+        self._looking = asyncio.Event()
+        self._suspects: set[str] = set()
         self._pulse_at = time.monotonic()
         self._draining = False
         self.stopped = False
@@ -91,14 +98,17 @@ class WorkerRuntime:
         Raises:
             QueueUnavailableError: no lease, so nothing may be consumed.
         """
-        self._lease_portal.call(self._lease.take())
-        self._background = [
-            self._lease_portal.submit(self._lease.keep()),
-            self.portal.submit(self._for_ever("pulse", PULSE_S, self._beat)),
-            self.portal.submit(self._for_ever("sweep", SWEEP_INTERVAL_S, self._sweep)),
-            self.portal.submit(self._for_ever("cancel check", CANCEL_CHECK_S, self._check_cancelled)),
-            self.portal.submit(self._for_ever("cancel messages", 0.5, lambda: self._listen(self._cancel))),
+        self._term = self._lease_portal.call(self._lease.take()).term
+        steps: list[tuple[str, float, Callable[[], Awaitable[None]]]] = [
+            ("pulse", PULSE_S, self._beat),
+            ("sweep", SWEEP_INTERVAL_S, self._sweep),
+            ("cancel check", CANCEL_CHECK_S, self._check_cancelled),
+            ("cancel messages", 0.5, lambda: self._listen(self._cancel)),
+            ("check of what runs", FORGOTTEN_CHECK_S, self._check_forgotten),
+            ("look for what Redis forgot", RESTORE_S, self._look_around),
         ]
+        self._background = [self._lease_portal.submit(self._lease.keep())]
+        self._background += [self.portal.submit(self._for_ever(*step)) for step in steps]
 
     def handle(self, op_id: str) -> str:
         """Answer a doorbell, in a pool thread: run the op if it is granted. Returns what was done, for the task's log line."""
@@ -137,27 +147,26 @@ class WorkerRuntime:
     async def _beat(self) -> None:
         self._pulse_at = time.monotonic()
 
-    def lapsed(self) -> None:
-        """Called from the lease's loop: whoever owned is fenced now, and what it had in progress is rung for anew."""
-        self.portal.loop.call_soon_threadsafe(self._let_go)
+    def lease_changed(self, last: Renewal, now: Renewal) -> None:
+        """Called from the lease's loop."""
+        if now.term != last.term:
+            log.warning("the lease had lapsed: this worker owns nothing any more")
+            self.portal.loop.call_soon_threadsafe(self._let_go, now.term)
+        self.portal.loop.call_soon_threadsafe(self._looking.set)
 
-    def _let_go(self) -> None:
+    def _let_go(self, term: int) -> None:
+        """Whoever owned is fenced now, and what it had in progress was rung for anew. Only from here on the new term is used to take."""
+        self._term = term
         for task in self._active:
             task.cancel()
         self._ownership.drop_all()
-        if self._restoring is None or self._restoring.done():
-            self._restoring = asyncio.ensure_future(self._restore_all())
 
-    async def _restore_all(self) -> None:
-        """A lease that is gone may be gone with all that Redis knew."""
-        while True:
-            try:
-                await self._restore()
-            except ExecutorError as error:
-                log.warning("whether Redis forgot sandboxes is not known yet: %s", error)
-                await asyncio.sleep(SWEEP_INTERVAL_S)
-            else:
-                return
+    async def _look_around(self) -> None:
+        """Now and then, and at once when Redis was away: it may have forgotten what this worker knows."""
+        self._looking.clear()
+        await self._restore()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._looking.wait(), RESTORE_INTERVAL_S)
 
     async def _handle(self, op_id: str) -> str:
         if self._draining or not self._lease.valid():
@@ -172,7 +181,8 @@ class WorkerRuntime:
         self._active[task] = None
         try:
             nonce = uuid.uuid4().hex
-            outcome = await persist(lambda: self.journal.take(self.wid, op_id, nonce))
+            term = self._term
+            outcome = await persist(lambda: self.journal.take(self.wid, op_id, nonce, term))
             if not isinstance(outcome, Taken):
                 return outcome.reason
             self._active[task] = outcome
@@ -185,21 +195,38 @@ class WorkerRuntime:
         record = await self.journal.op(op_id)
         return record is not None and record.kind == "start"
 
+    async def _check_forgotten(self) -> None:
+        """What the journal says that runs here and does not, twice in a row, goes to whoever takes it: nobody else would ever look."""
+        found = {op.op_id: op for op in await self.journal.running(self.wid)}
+        missing = set(found) - {taken.op_id for taken in self._active.values() if taken is not None}
+        for op in [found[op_id] for op_id in missing & self._suspects]:
+            log.error("op %s was to run here and does not: sandbox %s is given up", op.op_id, op.sandbox_id)
+            self._ownership.drop(op.sandbox_id, op.epoch)
+            await self.journal.hand_over(self.wid, op.sandbox_id, op.epoch)
+        self._suspects = missing
+
     async def _drain(self) -> None:
         """With a peer, commands go on in their sandboxes at once and it attaches to them: nobody reads this worker's queue any more, so
         each second here is one in which its sandboxes stand still. Without one, what runs may end within ``drain_s``. What is left then
         waits in its sandbox for the next owner.
         """
         give_up = time.monotonic() + self._drain_s
-        if await self._has_peer():
-            await self._detach({task for task, taken in self._active.items() if taken is not None and taken.kind == "start"})
+        peer = await self._has_peer()
+        while True:
+            if peer:
+                await self._detach("start")
+            await self._hand_over_idle()
+            if not self._active or time.monotonic() >= give_up:
+                break
+            await asyncio.wait(list(self._active), timeout=DRAIN_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        await self._detach(*{taken.kind for taken in self._active.values() if taken is not None} - {"create"})
         await self._hand_over_idle()
-        if self._active:
-            await asyncio.wait(list(self._active), timeout=max(0.0, give_up - time.monotonic()))
-        await self._detach(set(self._active))
+        await self._detach(None, "create")  # at last: the thread that makes a sandbox cannot be stopped
         self._ownership.drop_all()
 
-    async def _detach(self, tasks: set[asyncio.Task[Any]]) -> None:
+    async def _detach(self, *kinds: str | None) -> None:
+        """Cancel the ops of these kinds (None: those not granted yet) and wait until they have let go."""
+        tasks = [task for task, taken in self._active.items() if (taken.kind if taken is not None else None) in kinds]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -215,11 +242,11 @@ class WorkerRuntime:
 
     async def _hand_over_idle(self) -> None:
         busy = {taken.sandbox_id for taken in self._active.values() if taken is not None}
+        for sandbox_id, epoch in self._ownership.epochs().items():
+            if sandbox_id not in busy:
+                self._ownership.drop(sandbox_id, epoch)
         with suppress(ExecutorError):  # what is left is handed over with the lease
-            for sandbox_id, epoch in self._ownership.epochs().items():
-                if sandbox_id not in busy:
-                    self._ownership.drop(sandbox_id)
-                    await self.journal.hand_over(self.wid, sandbox_id, epoch)
+            await self.journal.leave(self.wid, busy)
 
     async def _sweep(self) -> None:
         if not self._draining and self._lease.valid():

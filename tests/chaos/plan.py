@@ -26,7 +26,7 @@ TERM_BOUND_S = 20.0
 
 Fate = Literal["killpoint", "kill", "freezepoint", "pause", "term"]
 #: Points that only a worker passes that is told to end.
-_AT_THE_END = tuple(f"{verb}.{side}" for verb in ("release", "ring", "hand_over") for side in ("before", "after"))
+_AT_THE_END = tuple(f"{verb}.{side}" for verb in ("release", "ring", "leave") for side in ("before", "after"))
 #: Passed all the time without any op, so that the first passing would always be at the start.
 _BACKGROUND = ("renew", "sweep", "cancelled_ops")
 #: Where a command can be caught, more often than the rest.

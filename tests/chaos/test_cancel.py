@@ -92,3 +92,18 @@ def test_no_process_is_left_when_the_call_returns_although_the_owner_was_killed_
     assert took_s < max(delays) + LEASE_S + 5
     assert [handle.wait().status for handle in handles] == [Status.KILLED] * 4
     assert [runs(sandbox) for sandbox in sandboxes] == [1] * 4
+
+
+def test_a_long_batch_that_is_cancelled_while_its_owner_dies_leaves_no_process(config: AppConfig, start: Crew, marker: str) -> None:
+    """Its runner has dropped the records of the first commands: that they ended is known, how is not."""
+    owner = start()
+    sandbox = start.sandbox()
+    threads = ThreadPoolExecutor(1)
+    batch = threads.submit(sandbox.run_batch, [*["true"] * 1001, f"sleep {marker}"], op_id="the-batch")
+    wait_until(lambda: running(sandbox, marker) == 1, "the last command runs")
+    kill(owner)
+    start()
+    sandbox.command("the-batch").kill()
+    assert processes_mentioning(marker) == []
+    assert [r.status for r in batch.result(timeout=20)] == [Status.UNKNOWN]
+    threads.shutdown()

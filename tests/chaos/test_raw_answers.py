@@ -51,3 +51,25 @@ def test_the_answer_to_a_raw_teardown_outlives_the_worker_that_was_to_do_it(conf
     answer, _ = waiting.communicate(timeout=60)
     assert json.loads(answer) == {"sandbox_id": sandbox.sandbox_id}
     assert not alive(config, sandbox.sandbox_id)
+
+
+CHAIN = """
+import sys
+from celery import chain
+from cifixer_exec.tasks import run_command, teardown_sandbox
+last = chain(run_command.s(sys.argv[1], sys.argv[2]), teardown_sandbox.si(sys.argv[1])).apply_async()
+print(last.get(timeout=50))
+"""
+
+
+def test_a_chain_goes_on_behind_a_rolling_update(config: AppConfig, start: Crew) -> None:
+    first = start()
+    sandbox = start.sandbox()
+    environ = {**{k: v for k, v in os.environ.items() if not k.startswith("CIFIXER_")}, **config.to_env()}
+    waiting = subprocess.Popen([sys.executable, "-c", CHAIN, sandbox.sandbox_id, COUNT], env=environ, stdout=subprocess.PIPE)
+    wait_until(lambda: runs(sandbox) > 0, "the command begins")
+    start()
+    assert first.stop() == 0
+    answer, _ = waiting.communicate(timeout=60)
+    assert sandbox.sandbox_id in answer.decode()
+    assert not alive(config, sandbox.sandbox_id)

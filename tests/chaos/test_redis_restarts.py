@@ -10,18 +10,23 @@ from pathlib import Path
 import pytest
 
 from cifixer_exec import AppConfig, ExecutorError, QueueUnavailableError, attach
+from cifixer_exec.store.records import Taken
 from tests.support.chaos_stack import (
     COUNT,
     EXPECTED,
     LEASE_S,
     Crew,
     alive,
+    ask,
     check_once,
     counting,
     kill,
     one_sandbox_each,
+    op,
     pause,
     platform_ids,
+    raw_redis,
+    registered,
     resume,
     run_in_background,
     send_reap,
@@ -162,3 +167,47 @@ def test_a_redis_that_lost_everything_with_an_owner_leaves_no_orphan(forgetful: 
     wait_until(lambda: platform_ids(amnesia.config) == set(), "what nobody knows is gone", 10)
     with pytest.raises(ExecutorError):
         attach(sandbox.sandbox_id, amnesia.config)
+
+
+def test_a_teardown_that_a_forgetful_redis_answers_is_done_all_the_same(forgetful: RedisServer, amnesia: Crew) -> None:
+    amnesia()
+    sandbox = amnesia.sandbox()
+    forgetful.stop()
+    time.sleep(0.5)
+    forgetful.start()
+    sandbox.teardown()  # most likely before its owner has registered it again
+    wait_until(lambda: platform_ids(amnesia.config) == set(), "it is gone", 10)
+
+
+def test_a_snapshot_that_is_a_moment_too_old_does_not_cost_a_sandbox(
+    forgetful: RedisServer, amnesia: Crew, threads: ThreadPoolExecutor
+) -> None:
+    """The lease comes back with the snapshot: no lapse tells that something is missing, but that Redis is another process does."""
+    amnesia()
+    with raw_redis(amnesia.config) as client:
+        client.save()
+    sandbox = amnesia.sandbox()
+    sandbox.write_file("marker", b"mine")
+    back = lose_everything(forgetful)
+    eventually(lambda: attach_and_look(amnesia, sandbox.sandbox_id), back + BACK_S)
+    time.sleep(2.5)  # older than what the reaper lets be
+    send_reap(amnesia.config)
+    time.sleep(1)
+    assert alive(amnesia.config, sandbox.sandbox_id)
+
+
+def test_an_op_that_its_worker_knows_nothing_of_is_given_up_and_run(config: AppConfig, start: Crew) -> None:
+    """However it came to that: the journal believes that a living owner runs it, and it does not."""
+    owner = start()
+    sandbox = start.sandbox()
+    pause(owner)
+    op_id = sandbox.start_command(COUNT).op_id
+    name = registered(config, sandbox.sandbox_id).owner
+    with raw_redis(config) as client:
+        term = int(client.get(f"{config.namespace}:term:{name}") or 0)
+        client.delete(f"{config.namespace}:{name}.dq2")
+    granted = ask(config, lambda journal: journal.take(name, op_id, "nobody's", term))
+    assert isinstance(granted, Taken)
+    resume(owner)
+    check_once(sandbox, sandbox.command(op_id).wait())
+    assert op(config, op_id).attempt == 2

@@ -22,7 +22,7 @@ from cifixer_exec.errors import (
 from cifixer_exec.model import MAX_BODY_BYTES, MAX_PAYLOAD_BYTES, OutputChunk, Stream
 from cifixer_exec.store.connection import connect
 from cifixer_exec.store.journal import Journal
-from cifixer_exec.store.records import End, NewOp, NewSandbox, NotTaken, Submitted, Taken
+from cifixer_exec.store.records import End, NewOp, NewSandbox, NotTaken, RunningOp, Submitted, Taken
 from tests.support.redis_server import RedisServer, redis_server
 from tests.support.run import run
 
@@ -55,12 +55,12 @@ class Bench:
         return await self.journal.submit(NewOp(op_id=op_id, sandbox_id=sid, kind=kind, **options))
 
     async def grant(self, op_id: str = "o", wid: str = A, nonce: str = "n") -> Taken:
-        taken = await self.journal.take(wid, op_id, nonce)
+        taken = await self.journal.take(wid, op_id, nonce, await self.term(wid))
         assert isinstance(taken, Taken), taken
         return taken
 
     async def refusal(self, op_id: str = "o", wid: str = A, nonce: str = "n") -> str:
-        refused = await self.journal.take(wid, op_id, nonce)
+        refused = await self.journal.take(wid, op_id, nonce, await self.term(wid))
         assert isinstance(refused, NotTaken), refused
         return refused.reason
 
@@ -87,6 +87,9 @@ class Bench:
     async def state(self, op_id: str = "o") -> str:
         record = await self.journal.op(op_id)
         return record.state if record else ""
+
+    async def term(self, wid: str) -> int:
+        return int(await self.redis.get(f"{self.ns}:term:{wid}") or 0)
 
     async def epoch(self, sid: str = "s") -> int:
         record = await self.journal.sandbox(sid)
@@ -190,7 +193,8 @@ def test_a_sandbox_id_in_use_is_refused(play: Play) -> None:
 def test_ops_on_sandboxes_that_are_not_there(play: Play) -> None:
     async def scene(b: Bench) -> None:
         assert isinstance(await raised(b.op()), SandboxNotFoundError)
-        assert isinstance(await raised(b.op(kind="destroy")), SandboxNotFoundError)
+        assert (await b.op("gone", "unknown", "destroy")).state == "done"  # Redis may have forgotten it
+        assert isinstance(await raised(b.op("late", "unknown")), SandboxNotFoundError)
         await b.sandbox()
         await b.journal.close("s", state="lost", cause="evicted by the node")
         error = await raised(b.op())
@@ -560,14 +564,15 @@ def test_a_cancelled_create_leaves_no_sandbox(play: Play) -> None:
 
 def test_lease(play: Play) -> None:
     async def scene(b: Bench) -> None:
-        term = await b.journal.renew(A, 0.05, {"pid": 1})
-        assert await b.journal.renew(A, 0.05, {"pid": 2}) == term
+        first = await b.journal.renew(A, 0.05, {"pid": 1})
+        assert await b.journal.renew(A, 0.05, {"pid": 2}) == first
         assert await b.journal.holds(A)
         assert [(w.worker_id, w.info) for w in await b.journal.workers()] == [(A, {"pid": 2})]
         await asyncio.sleep(0.08)
         assert not await b.journal.holds(A)
         assert await b.journal.workers() == []
-        assert await b.journal.renew(A, 0.05, {}) > term
+        again = await b.journal.renew(A, 0.05, {})
+        assert (again.term > first.term, again.born_ms) == (True, first.born_ms)
         assert type(await raised(b.journal.renew("a b", 1, {}))) is InvalidRequestError
 
     play(scene)
@@ -626,14 +631,15 @@ def test_expiry(play: Play) -> None:
     async def scene(b: Bench) -> None:
         await b.sandbox()
         await b.sandbox(sid="s2")
-        assert await b.journal.expired(10) == []
-        await b.journal.set_expiry("s", 0.001, wid=A, epoch=await b.epoch())
-        await asyncio.sleep(0.01)
-        assert [s.sandbox_id for s in await b.journal.expired(10)] == ["s"]
+        before = await b.journal.sandbox("s")
         assert await b.journal.set_expiry("s", 10, wid=A, epoch=await b.epoch())
+        after = await b.journal.sandbox("s")
+        assert before is not None
+        assert after is not None
+        assert after.expires_ms < before.expires_ms
         assert not await b.journal.set_expiry("s", 0.001, wid=A, epoch=await b.epoch() - 1)
         assert not await b.journal.set_expiry("s", 0.001, wid=B, epoch=await b.epoch())
-        assert await b.journal.expired(10) == []
+        assert await b.journal.sandbox("s") == after
         assert isinstance(await raised(b.journal.set_expiry("nothing", 1, wid=A, epoch=1)), SandboxNotFoundError)
         await b.journal.close("s", state="lost", cause="why")
         assert isinstance(await raised(b.journal.set_expiry("s", 1, wid=A, epoch=1)), SandboxLostError)
@@ -675,6 +681,72 @@ def test_doorbells_do_not_pile_up_in_a_busy_queue(play: Play) -> None:
             await asyncio.sleep(0.01)
             await sweep(b, reping_s=0.01)
         assert 2 <= len(await b.bells()) <= 6
+
+    play(scene)
+
+
+def test_sweep_closes_what_nobody_is_there_to_reap(play: Play) -> None:
+    """A host that was replaced took its placement along."""
+
+    async def scene(b: Bench) -> None:
+        await b.sandbox()
+        await b.sandbox(B, "s2")
+        for sid in ("s", "s2"):
+            await b.redis.zadd(f"{b.ns}:sandboxes", {sid: 1})
+        await b.die(A)
+        await sweep(b)
+        record = await b.journal.sandbox("s")
+        assert record is not None
+        assert (record.state, record.spec) == ("lost", {})
+        assert 0 < await b.redis.ttl(f"{b.ns}:sandbox:s") <= 86400
+        assert [r.sandbox_id for r in await b.journal.sandboxes()] == ["s2"]
+
+    play(scene)
+
+
+def test_leave_keeps_what_is_busy(play: Play) -> None:
+    async def scene(b: Bench) -> None:
+        await b.sandbox()
+        await b.sandbox(sid="busy")
+        await b.op()
+        await b.bells()
+        assert await b.journal.leave(A, ["busy"]) == 1
+        assert [r.sandbox_id for r in await b.journal.unowned()] == ["s"]
+        assert await b.bells() == [("ready-pool", "o")]
+        await b.journal.renew(B, LONG_S, {})
+        await b.grant(wid=B)
+        assert await b.journal.unowned() == []
+
+    play(scene)
+
+
+def test_running_is_what_the_journal_believes_of_a_worker(play: Play) -> None:
+    async def scene(b: Bench) -> None:
+        await b.sandbox()
+        await b.op()
+        await b.op("queued")
+        await b.grant()
+        assert await b.journal.running(A) == [RunningOp(op_id="o", sandbox_id="s", epoch=await b.epoch())]
+        assert await b.journal.running(B) == []
+        assert await b.journal.hand_over(A, "s", await b.epoch())
+        assert await b.journal.running(A) == []
+
+    play(scene)
+
+
+def test_a_grant_under_a_lease_that_has_lapsed_since_is_refused(play: Play) -> None:
+    """Else it would be cancelled with all that the worker drops when it notices the lapse, and nobody would run it."""
+
+    async def scene(b: Bench) -> None:
+        await b.sandbox()
+        await b.op()
+        term = await b.term(A)
+        await b.die(A)
+        await b.journal.renew(A, LONG_S, {})
+        late = await b.journal.take(A, "o", "n", term)
+        assert isinstance(late, NotTaken)
+        assert (late.reason, await b.state()) == ("fenced", "queued")
+        assert (await b.grant()).op_id == "o"
 
     play(scene)
 

@@ -109,7 +109,7 @@ class JournalMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         """Two workers live, and one has a sandbox already, so that few steps lead deep."""
         for wid in WORKERS[:2]:
-            self.terms[wid] = self.do(self.journal.renew(wid, 1000, {}))
+            self.terms[wid] = self.do(self.journal.renew(wid, 1000, {})).term
         self.create(SANDBOXES[0], WORKERS[0], 0)
         self.hear(SANDBOXES[0], WORKERS[0], 0)
         self.end(self.grants[0], good=True)
@@ -187,8 +187,11 @@ class JournalMachine(RuleBasedStateMachine):
     def take(self, wid: str, op_id: str) -> Grant | None:
         nonce = uuid4().hex
         before = self.hash("sandbox", self.hash("op", op_id)[b"sid"].decode())[b"owner"].decode()
-        taken = self.do(self.journal.take(wid, op_id, nonce))
-        again = self.do(self.journal.take(wid, op_id, nonce))
+        known_term = self.terms.get(wid, 0)
+        stale = self.do(self.journal.take(wid, op_id, nonce, known_term - 1))
+        assert isinstance(stale, NotTaken), "nothing is granted to a worker that has not noticed a lapse"
+        taken = self.do(self.journal.take(wid, op_id, nonce, known_term))
+        again = self.do(self.journal.take(wid, op_id, nonce, known_term))
         if isinstance(taken, NotTaken):
             return None
         assert self.alive(wid)
@@ -240,9 +243,9 @@ class JournalMachine(RuleBasedStateMachine):
 
     def renew(self, sid: str, wid: str, n: int) -> None:
         lapsed = not self.alive(wid)
-        term = self.do(self.journal.renew(wid, 1000, {}))
+        term = self.do(self.journal.renew(wid, 1000, {})).term
         assert (term != self.terms.get(wid)) == lapsed, "who renews learns of every lapse"
-        assert self.do(self.journal.renew(wid, 1000, {})) == term, "and may be told again"
+        assert self.do(self.journal.renew(wid, 1000, {})).term == term, "and may be told again"
         self.terms[wid] = term
 
     def release(self, sid: str, wid: str, n: int) -> None:
@@ -329,7 +332,7 @@ class JournalMachine(RuleBasedStateMachine):
         """All workers die; a new one, with nothing but doorbells and sweeps, brings every op to its end."""
         for wid in WORKERS:
             self.lapse("", wid, 0)
-        self.do(self.journal.renew("new@h", 1000, {}))
+        self.terms["new@h"] = self.do(self.journal.renew("new@h", 1000, {})).term
         for _ in range(4):
             self.client.delete(f"{self.ns}:lock:sweep")
             self.do(self.journal.sweep("new@h", reping_s=0))

@@ -72,13 +72,13 @@ class Scene:
         spec = SandboxSpec(backend="shelf", sandbox_id=sandbox_id, env={"TOKEN": "secret"})
         create = NewSandbox(backend="shelf", queue="pool", spec=spec.to_json(), lifetime_s=1000)
         op_id = f"create-{sandbox_id}"
-        await self.journal.renew(A, 60, {})
+        term = (await self.journal.renew(A, 60, {})).term
         await self.journal.submit(NewOp(op_id=op_id, sandbox_id=sandbox_id, kind="create", create=create))
-        taken = await self.journal.take(A, op_id, "n")
+        taken = await self.journal.take(A, op_id, "n", term)
         assert isinstance(taken, Taken)
         handle = self.shelf.create(spec)
         assert await self.journal.ready(A, sandbox_id, taken.epoch, handle=handle.to_json(), placement="here", queue="q")
-        self.ownership.remember(taken, handle)
+        self.ownership.remember(handle, taken.spec)
         return taken
 
     async def lose_everything(self) -> None:
@@ -128,9 +128,9 @@ def test_a_restored_sandbox_has_a_higher_epoch_than_ever_before(play: Any) -> No
         before = await s.make("kept")
         await s.lose_everything()
         await s.restore()
-        await s.journal.renew(A, 60, {})
+        term = (await s.journal.renew(A, 60, {})).term
         await s.journal.submit(NewOp(op_id="o", sandbox_id="kept", kind="start"))
-        taken = await s.journal.take(A, "o", "n")
+        taken = await s.journal.take(A, "o", "n", term)
         assert isinstance(taken, Taken)
         assert taken.epoch > before.epoch
         assert taken.spec["env"] == {"TOKEN": "secret"}

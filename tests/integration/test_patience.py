@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cifixer_exec import AppConfig, create_async_sandbox
 from cifixer_exec.errors import QueueUnavailableError
 from cifixer_exec.store.connection import connect
 from cifixer_exec.store.journal import Journal
@@ -100,5 +101,37 @@ def test_patience_has_an_end(server: RedisServer, namespace: str) -> None:
         with pytest.raises(QueueUnavailableError, match="same op id"):
             await journal.submit(create("second"))
         await redis.aclose()
+
+    asyncio.run(scene())
+
+
+def test_who_has_a_result_does_not_wait_to_say_so(server: RedisServer, namespace: str) -> None:
+    async def scene() -> None:
+        redis = connect(server.url)
+        journal = Journal(redis, namespace=namespace, patience_s=PATIENCE_S)
+        await journal.submit(create("first"))
+        server.stop()
+        before = time.monotonic()
+        await journal.collected("create-first")
+        await journal.drop("create-first")
+        assert time.monotonic() - before < PATIENCE_S / 2
+        await redis.aclose()
+
+    asyncio.run(scene())
+
+
+def test_a_creation_that_is_given_up_while_redis_is_away_is_given_up_soon(server: RedisServer, namespace: str) -> None:
+    async def scene() -> None:
+        sandbox = create_async_sandbox(AppConfig(redis_url=server.url, namespace=namespace, redis_patience_s=PATIENCE_S))
+        making = asyncio.create_task(sandbox.init())
+        await asyncio.sleep(0.5)
+        server.stop()
+        await asyncio.sleep(0.5)
+        before = time.monotonic()
+        making.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+        assert time.monotonic() - before < PATIENCE_S / 2
+        await sandbox.close()
 
     asyncio.run(scene())

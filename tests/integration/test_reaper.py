@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ async def register(journal: Journal, backend: Backend, made: SandboxSpec, *, lif
     """As a worker does it: the create op is taken and the sandbox made ready."""
     create = NewSandbox(backend="local", queue=pool_queue("local"), spec=made.to_json(), lifetime_s=lifetime_s)
     op_id = f"create-{made.sandbox_id}"
-    await journal.renew(WORKER, 60, {"backend": "local", "placement": backend.placement})
+    term = (await journal.renew(WORKER, 60, {"backend": "local", "placement": backend.placement})).term
     await journal.submit(NewOp(op_id=op_id, sandbox_id=made.sandbox_id, kind="create", create=create, timeout_s=60))
-    taken = await journal.take(WORKER, op_id, "nonce")
+    taken = await journal.take(WORKER, op_id, "nonce", term)
     assert isinstance(taken, Taken)
     handle = SandboxHandle(backend="local", sandbox_id=made.sandbox_id, placement=backend.placement)
     queue = placement_queue("local", backend.placement)
@@ -132,12 +133,17 @@ class TestReaper:
         assert second == Reaped()
 
     def test_an_expired_sandbox_goes_although_it_is_registered(self, config: AppConfig, backend: Backend) -> None:
-        old = spec("expired")
-        backend.create(old)
-        prepare = lambda journal: register(journal, backend, old, lifetime_s=10)  # noqa: E731
+        old, extended = replace(spec("expired"), lifetime_s=10), spec("extended")
+        for made in (old, extended):
+            backend.create(made)
+
+        async def prepare(journal: Journal) -> None:
+            for made in (old, extended):  # of one the registry has forgotten that it was extended
+                await register(journal, backend, made, lifetime_s=10)
+
         (reaped,) = round_of(config, backend, prepare, clock=lambda: time.time() + 11)
         assert reaped.destroyed == (old.sandbox_id,)
-        assert not ids(backend)
+        assert ids(backend) == {extended.sandbox_id}
 
     def test_an_entry_without_a_sandbox_is_closed_with_the_cause(self, config: AppConfig, backend: Backend) -> None:
         gone = spec("gone")

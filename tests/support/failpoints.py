@@ -21,7 +21,7 @@ from typing import Any, Self
 #: Around these, a point ``<name>.before`` and one ``<name>.after``.
 _JOURNAL = (
     *("take", "publish", "finish", "ready", "close", "renew", "ring", "sweep"),
-    *("set_expiry", "cancelled_ops", "hand_over", "release"),
+    *("set_expiry", "cancelled_ops", "leave", "release"),
 )
 _BACKEND = ("create", "destroy", "extend", "inspect", "list_owned")
 #: ``start.sent``: the runner has the request, nobody has seen its answer. ``start.ended``: the record was seen, and told to nobody.

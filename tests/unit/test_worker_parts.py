@@ -10,6 +10,7 @@ import pytest
 
 from cifixer_exec.errors import QueueUnavailableError
 from cifixer_exec.model import OutputChunk, Stream
+from cifixer_exec.store.records import Renewal
 from cifixer_exec.worker import persistence, publisher
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.persistence import persist
@@ -112,15 +113,15 @@ class Renewals:
         self.count = 0
         self.term = 7
 
-    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> int:
+    async def renew(self, wid: str, ttl_s: float, info: Mapping[str, Any]) -> Renewal:
         self.count += 1
         self.now_s += self.slow_s
-        return self.term
+        return Renewal(term=self.term, born_ms=1)
 
 
 def lease(renewals: Renewals) -> Lease:
     journal: Any = renewals
-    return Lease(journal, wid="w@h", ttl_s=10, info=dict, on_lapse=lambda: None, clock=lambda: renewals.now_s)
+    return Lease(journal, wid="w@h", ttl_s=10, info=dict, on_change=lambda *_: None, clock=lambda: renewals.now_s)
 
 
 def test_a_lease_that_was_never_taken_is_not_valid() -> None:
@@ -147,7 +148,7 @@ def test_a_lease_counts_from_the_sending_of_its_renewal() -> None:
 @pytest.mark.parametrize("healthy", [True, False])
 def test_a_worker_that_is_stuck_lets_its_lease_lapse(healthy: bool) -> None:
     renewals: Any = Renewals()
-    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_lapse=lambda: None, healthy=lambda: healthy)
+    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_change=lambda *_: None, healthy=lambda: healthy)
 
     async def keep_for_a_while() -> None:
         with pytest.raises(TimeoutError):
@@ -160,7 +161,7 @@ def test_a_worker_that_is_stuck_lets_its_lease_lapse(healthy: bool) -> None:
 def test_a_lapse_is_noticed_though_the_reply_that_told_it_was_lost() -> None:
     renewals: Any = Renewals()
     lapses: list[int] = []
-    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_lapse=lambda: lapses.append(renewals.term))
+    held = Lease(renewals, wid="w@h", ttl_s=0.06, info=dict, on_change=lambda _, now: lapses.append(now.term))
 
     async def keep_for_a_while() -> None:
         await held.take()
