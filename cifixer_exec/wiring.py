@@ -99,7 +99,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
     portal, lease_portal = Portal(), Portal("cifixer-lease")
     # What a worker has to say it repeats itself, and a heartbeat that waits is none: with its retries it fits into a lease.
     journal = make_journal(config, patience_s=0.0)
-    lease_journal = make_journal(config, patience_s=0.0, socket_timeout_s=max(0.5, config.lease_s / 6))
+    lease_journal = make_journal(config, patience_s=0.0, socket_timeout_s=max(1.0, config.lease_s / 6))
     ownership = Ownership(backend, wid)
     executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid)
     placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}

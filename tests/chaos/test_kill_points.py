@@ -18,9 +18,9 @@ import pytest
 from cifixer_exec import AppConfig, create_async_sandbox
 from tests.chaos import cases
 from tests.chaos.beat import Beat
-from tests.chaos.cases import EXPECTED, OP, Outcome, Stage, Story, stage_config
+from tests.chaos.cases import EXPECTED, OP, Outcome, Stage, Story, stage_config, until
 from tests.chaos.plan import LEASE_S
-from tests.chaos.workers import Workers
+from tests.chaos.workers import Worker, Workers
 from tests.support.contract_stack import check_present
 from tests.support.failpoints import POINTS, Arm
 from tests.support.redis_proxy import RedisProxy
@@ -138,6 +138,10 @@ def _reap(config: AppConfig) -> None:
     beat.close()
 
 
+async def _has_reaped(workers: Workers, worker: Worker) -> bool:
+    return "note list_owned.after" in cases.passed(workers, worker)
+
+
 async def _reach_all(directory: Path) -> tuple[list[str], str]:
     with redis_server() as server:
         proxy, workers = RedisProxy(server.port), await Workers.start(directory)
@@ -155,6 +159,7 @@ async def _reach_all(directory: Path) -> tuple[list[str], str]:
             await other.teardown()
             await other.close()
             await asyncio.to_thread(_reap, stage.config)
+            await until(lambda: _has_reaped(workers, worker))
             # Answers that take longer than the lease: the worker is in doubt about it and passes doorbells on.
             slow = asyncio.create_task(proxy.do(port.slow, 0.5 * LEASE_S, 3 * LEASE_S))
             await asyncio.sleep(1.3 * LEASE_S)
