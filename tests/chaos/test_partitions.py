@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.support.chaos_stack import (
 )
 from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import WorkerProcess, check_present, workers
-from tests.support.cut_proxy import cut_proxy
+from tests.support.redis_proxy import RedisProxy
 from tests.support.redis_server import RedisServer
 
 AWAY_S = 30.0
@@ -42,8 +43,9 @@ def config(server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
 def test_owners_that_are_cut_off_or_stopped_for_half_a_minute_are_replaced_and_fenced(
     config: AppConfig, server: RedisServer, start: Crew, threads: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with cut_proxy(server.port) as proxy:
-        cut_off = start(redis_url=proxy.url)
+    with closing(RedisProxy(server.port)) as proxy:
+        port = proxy.port()
+        cut_off = start(redis_url=proxy.url(port))
         idle = start.sandbox()  # nothing runs in it, so nothing but its lease tells the owner that it lost it
         stopped = start()
         pair = one_sandbox_each(start, cut_off, stopped)
@@ -52,7 +54,7 @@ def test_owners_that_are_cut_off_or_stopped_for_half_a_minute_are_replaced_and_f
         peer_name = start.name_of(peer)
         op_ids = ["of-the-cut-off", "of-the-stopped"]
         futures = [run_in_background(threads, s, COMMAND, op_id) for s, op_id in zip(pair, op_ids, strict=True)]
-        proxy.cut()
+        proxy.at_once(port.cut)
         pause(stopped)
         away_since = time.monotonic()
         for sandbox, future in zip(pair, futures, strict=True):
@@ -61,7 +63,7 @@ def test_owners_that_are_cut_off_or_stopped_for_half_a_minute_are_replaced_and_f
         assert have_results_s < AWAY_S - 2
         assert {w.worker_id for w in workers(config)} == {peer_name}
         time.sleep(AWAY_S - have_results_s)
-        proxy.restore()
+        proxy.at_once(port.mend)
         resume(stopped)
         back_since = time.monotonic()
         for worker in (cut_off, stopped):
@@ -109,14 +111,15 @@ def check_fenced(start: Crew, worker: WorkerProcess) -> list[str]:
 def test_a_worker_that_was_cut_off_without_a_peer_takes_its_sandboxes_up_again(
     config: AppConfig, server: RedisServer, start: Crew, threads: ThreadPoolExecutor
 ) -> None:
-    with cut_proxy(server.port) as proxy:
-        only = start(redis_url=proxy.url, lease_s=2.0)
+    with closing(RedisProxy(server.port)) as proxy:
+        port = proxy.port()
+        only = start(redis_url=proxy.url(port), lease_s=2.0)
         idle, busy = start.sandbox(), start.sandbox()
         future = run_in_background(threads, busy, COUNT)
-        proxy.cut()
+        proxy.at_once(port.cut)
         queued = threads.submit(idle.run_command, "echo on")
         time.sleep(3.5)
-        proxy.restore()
+        proxy.at_once(port.mend)
         assert queued.result(timeout=10).stdout == b"on\n"
         check_once(busy, future.result(timeout=20))
         for sandbox in (idle, busy):

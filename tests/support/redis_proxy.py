@@ -165,13 +165,21 @@ class Port:
 
     async def stall(self, seconds: float) -> None:
         """Connections stay open and nothing passes. Like the others it may come while one of its kind goes on."""
-        self._stalls += 1
+        self.cut()
         try:
             await asyncio.sleep(seconds)
         finally:
-            self._stalls -= 1
-            for link in list(self.links):
-                link.pump()
+            self.mend()
+
+    def cut(self) -> None:
+        """From now on what is sent stays under way, as on a network that is cut."""
+        self._stalls += 1
+
+    def mend(self) -> None:
+        """What was under way arrives, and all goes on."""
+        self._stalls -= 1
+        for link in list(self.links):
+            link.pump()
 
     async def refuse(self, seconds: float) -> None:
         """No connection lives and none can be made."""
@@ -226,6 +234,14 @@ class RedisProxy:
     async def do(self, fault: Callable[..., Any], *arguments: float) -> None:
         """Run a fault of a port on the proxy's loop, from any other loop; returns when it is over."""
         await asyncio.wrap_future(self._portal.submit(fault(*arguments)))
+
+    def at_once(self, change: Callable[[], None]) -> None:
+        """Make a change of a port that takes no time; returns when it is made."""
+
+        async def make() -> None:
+            change()
+
+        self._portal.call(make())
 
     def close(self) -> None:
         """End all connections and the thread."""
