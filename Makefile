@@ -37,7 +37,7 @@ pytest: $(VENV)/.dev ## all Python tests; each skip says why
 	$(BIN)/pytest
 
 chaos: $(VENV)/.dev ## a thousand killed workers, cuts, pauses and Redis restarts; then an audit (about 20 minutes)
-	$(BIN)/python -m tests.chaos --kills 1000 --seed 1
+	$(BIN)/python -m tests.chaos --kills 1000 --seed 1 --json bench/results/chaos.json
 
 bench: $(VENV)/.dev ## speed and memory, as ratios within one run
 	$(BIN)/python -m bench
