@@ -18,7 +18,7 @@ Death = Callable[[AppConfig, str], None]
 DEATHS = pytest.mark.parametrize("die", [kill_init, kill_all], ids=["init", "all"])
 TOLD_S = 5.0
 FOREVER = "echo started >> ran; echo begun; exec sleep 600"
-BOMB = "echo started >> ran; echo begun; f() { f | f & }; f; exec sleep 600"
+BOMB = "echo started >> ran; echo begun; f() { f | f & }; f & exec sleep 600"  # its own shell forks once, while it surely can
 HOG = "echo started >> ran; echo begun; sleep 1; tail /dev/zero"
 
 
