@@ -20,7 +20,6 @@ from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import SandboxRecord
 
 log = logging.getLogger(__name__)
-GONE = frozenset({"closed", "lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Reaper:
             sandbox_id = owned.handle.sandbox_id
             cause = "its lifetime ended" if sandbox_id in records else "it is unknown to the registry"
             record = await self._journal.sandbox(sandbox_id)  # again: it may have been registered or extended since the list was read
-            if not self._is_doomed(owned, None if record is None or record.state in GONE else record):
+            if not self._is_doomed(owned, None if record is None or record.over else record):
                 continue
             try:
                 await asyncio.to_thread(self._backend.destroy, owned.handle)

@@ -220,15 +220,15 @@ local function disown(sandbox)
   end
 end
 
-local function disown_all(wid, limit)
+local function disown_all(wid, limit, kept)
   local count = 0
   for _, sid in ipairs(call('SRANDMEMBER', key('owned', wid), limit)) do
     local sandbox = load_sandbox(sid)
-    if sandbox.owner == wid then
+    if sandbox.owner ~= wid then
+      call('SREM', key('owned', wid), sid)
+    elseif not (kept and kept[sid]) then
       disown(sandbox)
       count = count + 1
-    else
-      call('SREM', key('owned', wid), sid)
     end
   end
   return count
@@ -556,18 +556,11 @@ end
 
 -- Hand over all sandboxes of a worker but the named ones.
 function verbs.leave(wid, ...)
-  local kept, count = {}, 0
+  local kept = {}
   for _, sid in ipairs({...}) do
     kept[sid] = true
   end
-  for _, sid in ipairs(call('SMEMBERS', key('owned', wid))) do
-    local sandbox = load_sandbox(sid)
-    if sandbox.owner == wid and not kept[sid] then
-      disown(sandbox)
-      count = count + 1
-    end
-  end
-  return {'ok', count}
+  return {'ok', disown_all(wid, 1000000, kept)}
 end
 
 -- The ops that run under a worker, by the journal: oid, sid and epoch of each.

@@ -193,6 +193,11 @@ class SandboxRecord:
     expires_ms: int
     cause: str
 
+    @property
+    def over(self) -> bool:
+        """True once it is closed or lost."""
+        return self.state in ("closed", "lost")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecord:

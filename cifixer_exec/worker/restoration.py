@@ -13,7 +13,6 @@ from cifixer_exec.store.records import SandboxRecord
 from cifixer_exec.worker.ownership import KnownSandbox, Ownership
 
 log = logging.getLogger(__name__)
-GONE = frozenset({"closed", "lost"})
 
 
 async def restore(*, journal: Journal, backend: Backend, ownership: Ownership, wid: str) -> list[str]:
@@ -46,10 +45,10 @@ async def _compare(journal: Journal, backend: Backend, ownership: Ownership, wid
     known, epochs = ownership.known, ownership.epochs()
     registered = {record.sandbox_id: record for record in await journal.known_sandboxes(known)}
     for sandbox_id, record in registered.items():
-        if record.state in GONE or record.owner not in ("", wid):
+        if record.over or record.owner not in ("", wid):
             ownership.forget(sandbox_id)
             ownership.drop(sandbox_id, epochs.get(sandbox_id, 0))
-        if record.state in GONE and record.handle is None:
+        if record.over and record.handle is None:
             log.warning("sandbox %s was torn down while Redis did not know it: it is removed", sandbox_id)
             await asyncio.to_thread(backend.destroy, known[sandbox_id].handle)
     return {sandbox_id: k for sandbox_id, k in known.items() if sandbox_id not in registered}
