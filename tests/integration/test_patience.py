@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -29,6 +30,14 @@ def create(name: str) -> NewOp:
     return NewOp(op_id=f"create-{name}", sandbox_id=name, kind="create", create=CREATE)
 
 
+@asynccontextmanager
+async def opened(server: RedisServer, namespace: str, patience_s: float = PATIENCE_S) -> AsyncIterator[Journal]:
+    """A client's journal."""
+    redis = connect(server.url)
+    yield Journal(redis, namespace=namespace, patience_s=patience_s)
+    await redis.aclose()
+
+
 async def come_back(server: RedisServer) -> None:
     await asyncio.sleep(1.0)
     await asyncio.to_thread(server.start)
@@ -36,39 +45,35 @@ async def come_back(server: RedisServer) -> None:
 
 def test_every_call_of_a_client_outlives_a_restart(server: RedisServer, namespace: str) -> None:
     async def scene() -> None:
-        redis = connect(server.url)
-        journal = Journal(redis, namespace=namespace, patience_s=PATIENCE_S)
-        await journal.submit(create("first"))
-        server.stop()
-        coming = asyncio.create_task(come_back(server))
-        submitting = journal.submit(create("second"))
-        created, op, record, state = await asyncio.gather(
-            submitting, journal.op("create-first"), journal.sandbox("first"), journal.cancel("create-first")
-        )
-        await coming
-        assert created.created
-        assert op is not None
-        assert record is not None
-        assert state == "cancelled"
-        await redis.aclose()
+        async with opened(server, namespace) as journal:
+            await journal.submit(create("first"))
+            server.stop()
+            coming = asyncio.create_task(come_back(server))
+            submitting = journal.submit(create("second"))
+            created, op, record, state = await asyncio.gather(
+                submitting, journal.op("create-first"), journal.sandbox("first"), journal.cancel("create-first")
+            )
+            await coming
+            assert created.created
+            assert op is not None
+            assert record is not None
+            assert state == "cancelled"
 
     asyncio.run(scene())
 
 
 def test_a_submit_with_its_answer_outlives_a_restart(server: RedisServer, namespace: str) -> None:
     async def scene() -> None:
-        redis = connect(server.url)
-        journal = Journal(redis, namespace=namespace, patience_s=PATIENCE_S)
-        await journal.submit(create("first"))
-        server.stop()
-        coming = asyncio.create_task(come_back(server))
-        following = asyncio.create_task(_ends(journal, create("second")))
-        await coming
-        while await journal.op("create-second") is None:  # noqa: ASYNC110  # what it waits for is in Redis
-            await asyncio.sleep(0.05)
-        await journal.cancel("create-second")
-        assert await following == ["cancelled"]
-        await redis.aclose()
+        async with opened(server, namespace) as journal:
+            await journal.submit(create("first"))
+            server.stop()
+            coming = asyncio.create_task(come_back(server))
+            following = asyncio.create_task(_ends(journal, create("second")))
+            await coming
+            while await journal.op("create-second") is None:  # noqa: ASYNC110  # what it waits for is in Redis
+                await asyncio.sleep(0.05)
+            await journal.cancel("create-second")
+            assert await following == ["cancelled"]
 
     asyncio.run(scene())
 
@@ -81,41 +86,35 @@ def test_a_server_that_was_never_there_is_told_of_at_once(server: RedisServer, n
     server.stop()
 
     async def scene() -> None:
-        redis = connect(server.url)
-        journal = Journal(redis, namespace=namespace, patience_s=PATIENCE_S)
-        before = time.monotonic()
-        with pytest.raises(QueueUnavailableError, match="cannot be reached"):
-            await journal.submit(create("first"))
-        assert time.monotonic() - before < PATIENCE_S / 2
-        await redis.aclose()
+        async with opened(server, namespace) as journal:
+            before = time.monotonic()
+            with pytest.raises(QueueUnavailableError, match="cannot be reached"):
+                await journal.submit(create("first"))
+            assert time.monotonic() - before < PATIENCE_S / 2
 
     asyncio.run(scene())
 
 
 def test_patience_has_an_end(server: RedisServer, namespace: str) -> None:
     async def scene() -> None:
-        redis = connect(server.url)
-        journal = Journal(redis, namespace=namespace, patience_s=0.5)
-        await journal.submit(create("first"))
-        server.stop()
-        with pytest.raises(QueueUnavailableError, match="same op id"):
-            await journal.submit(create("second"))
-        await redis.aclose()
+        async with opened(server, namespace, patience_s=0.5) as journal:
+            await journal.submit(create("first"))
+            server.stop()
+            with pytest.raises(QueueUnavailableError, match="same op id"):
+                await journal.submit(create("second"))
 
     asyncio.run(scene())
 
 
 def test_who_has_a_result_does_not_wait_to_say_so(server: RedisServer, namespace: str) -> None:
     async def scene() -> None:
-        redis = connect(server.url)
-        journal = Journal(redis, namespace=namespace, patience_s=PATIENCE_S)
-        await journal.submit(create("first"))
-        server.stop()
-        before = time.monotonic()
-        await journal.collected("create-first")
-        await journal.drop("create-first")
-        assert time.monotonic() - before < PATIENCE_S / 2
-        await redis.aclose()
+        async with opened(server, namespace) as journal:
+            await journal.submit(create("first"))
+            server.stop()
+            before = time.monotonic()
+            await journal.collected("create-first")
+            await journal.drop("create-first")
+            assert time.monotonic() - before < PATIENCE_S / 2
 
     asyncio.run(scene())
 

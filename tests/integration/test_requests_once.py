@@ -21,7 +21,7 @@ from cifixer_exec.channel.transport import Dial, Transport, dial_unix
 from cifixer_exec.errors import ExecutorError, OperationConflictError, SandboxFileError
 from cifixer_exec.model import Command, ExecRecord, OutputChunk, SandboxHandle, SandboxSpec, Status
 from cifixer_exec.sandbox import ONCE_VERBS, VERBS, DirectPort, SandboxSession
-from tests.support.contract_fake_runner import served
+from tests.support.contract_fake_runner import served, until_one_ends
 from tests.support.contract_stack import check_present
 from tests.support.run import run
 
@@ -53,13 +53,9 @@ async def losing_proxy(dial: Dial, losses: int) -> AsyncIterator[tuple[Dial, lis
                 writer.write(data)
                 await writer.drain()
 
-        tasks = [asyncio.create_task(up()), asyncio.create_task(down())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(up(), down())
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             upstream.close()
 
     async with served(forward) as path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,17 @@ async def fake_channel(behaviour: Behaviour, *, alive: bool = True, reconnect_s:
             channel.close()
 
 
+async def until_one_ends(*directions: Coroutine[Any, Any, None]) -> None:
+    """Run both directions of a proxied connection; when one is over, so is the other."""
+    tasks = [asyncio.create_task(direction) for direction in directions]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @asynccontextmanager
 async def cutting_proxy(dial: Dial, every_bytes: int) -> AsyncIterator[tuple[Dial, list[int]]]:
     """A way to the same runner that breaks after each ``every_bytes`` bytes (either direction), and the list of the cuts so far."""
@@ -158,13 +169,9 @@ async def cutting_proxy(dial: Dial, every_bytes: int) -> AsyncIterator[tuple[Dia
                 await writer.drain()
                 left -= len(data)
 
-        tasks = [asyncio.create_task(up()), asyncio.create_task(down())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await until_one_ends(up(), down())
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             upstream.close()
         if left <= 0:
             cuts.append(number)
