@@ -75,7 +75,7 @@ func isolated(t *testing.T, launch []string, mapped bool, flags ...string) *sand
 }
 
 func awaitEnd(t *testing.T, s *sandbox, pid int) {
-	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
+	defer killAll(pid)
 	if t.Failed() {
 		return
 	}
@@ -85,6 +85,16 @@ func awaitEnd(t *testing.T, s *sandbox, pid int) {
 		p, alive := readProcess(pid, buffer[:])
 		return !alive || p.dead
 	})
+}
+
+// killAll is for a sandbox that a failed test leaves: its PID 1 outlives the bubblewrap that made it.
+func killAll(pid int) {
+	if all, err := scanProcesses(); err == nil {
+		for _, p := range descendants(all, pid, nil) {
+			signalProcess(p, syscall.SIGKILL)
+		}
+	}
+	_ = syscall.Kill(pid, syscall.SIGKILL)
 }
 
 func eachIsolation(t *testing.T, test func(t *testing.T, mapped bool)) {
