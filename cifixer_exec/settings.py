@@ -28,6 +28,13 @@ def default_state_dir() -> Path:
     return Path(f"/tmp/cifixer-exec-{os.geteuid()}")  # noqa: S108
 
 
+def default_docker_cert_path() -> str:
+    """Where the certificates for the daemon are, as the docker command understands its environment; empty: no TLS."""
+    if os.environ.get("DOCKER_TLS_VERIFY", "") == "":
+        return ""
+    return os.environ.get("DOCKER_CERT_PATH", "") or str(Path.home() / ".docker")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AppConfig:
     """All settings. ``None`` for a limit means the backend's default.
@@ -70,6 +77,12 @@ class AppConfig:
     state_dir: Path = field(default_factory=default_state_dir)
     bwrap: str = ""
     unsafe_no_isolation: bool = False
+
+    docker_host: str = field(default_factory=lambda: os.environ.get("DOCKER_HOST", ""))
+    docker_cert_path: str = field(default_factory=default_docker_cert_path)
+    docker_runtime: str = ""
+    docker_network: str = "bridge"
+    docker_writable_root: bool = False
 
     def __post_init__(self) -> None:
         if self.dispatch not in DISPATCH_MODES:
@@ -186,6 +199,11 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_STATE_DIR": ("state_dir", Path),
     "CIFIXER_BWRAP": ("bwrap", str),
     "CIFIXER_UNSAFE_NO_ISOLATION": ("unsafe_no_isolation", _flag),
+    "CIFIXER_DOCKER_HOST": ("docker_host", str),
+    "CIFIXER_DOCKER_CERT_PATH": ("docker_cert_path", str),
+    "CIFIXER_DOCKER_RUNTIME": ("docker_runtime", str),
+    "CIFIXER_DOCKER_NETWORK": ("docker_network", str),
+    "CIFIXER_DOCKER_WRITABLE_ROOT": ("docker_writable_root", _flag),
 }
 
 assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # each field has its variable

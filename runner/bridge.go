@@ -21,6 +21,9 @@ func bridgeMain(args []string) int {
 	if err != nil {
 		return complain("bridge: %s", err)
 	}
+	if os.Geteuid() == 0 {
+		_ = dropCapabilities() // a container engine gives an exec all that the container may have; what was needed is open
+	}
 	ended := make(chan struct{}, 2)
 	join := func(to io.Writer, from io.Reader) {
 		_, _ = io.Copy(to, from)

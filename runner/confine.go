@@ -69,9 +69,13 @@ func mountDisk(value string) error {
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, options); err != nil {
 		return os.NewSyscallError("mount", err)
 	}
+	return makeDiskParts(dir)
+}
+
+func makeDiskParts(dir string) error {
 	for _, part := range diskParts {
 		path := filepath.Join(dir, part.name)
-		if err := os.Mkdir(path, 0o755); err != nil {
+		if err := os.Mkdir(path, 0o755); err != nil && !os.IsExist(err) {
 			return err
 		}
 		if err := syscall.Chmod(path, part.mode); err != nil { // the file mode creation mask does not count here

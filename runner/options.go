@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -23,6 +24,8 @@ type serveOptions struct {
 	maxOpenFiles             uint64
 	maxCommands              int
 	volatile                 bool // the spool goes with this process: records on disk would serve nobody
+	disk, account            string
+	keepSocket               bool // the socket stays the first user's: in a directory of that user's, no command can reach it
 	expiresIn                time.Duration
 	token                    string
 }
@@ -48,6 +51,9 @@ func parseServe(args []string) (*serveOptions, error) {
 	expires := flags.Float64("expires-in", 0, "")
 	flags.IntVar(&o.maxCommands, "max-commands", 256, "")
 	flags.BoolVar(&o.volatile, "volatile-spool", false, "")
+	flags.StringVar(&o.disk, "disk", "", "")
+	flags.StringVar(&o.account, "account", "", "")
+	flags.BoolVar(&o.keepSocket, "keep-socket", false, "")
 	tokenName := flags.String("token-env", "", "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
@@ -107,7 +113,7 @@ func (o *serveOptions) listen() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if o.user != nil {
+	if o.user != nil && !o.keepSocket {
 		_ = os.Chown(o.socket, o.user.uid, o.user.gid)
 	}
 	return listener, os.Chmod(o.socket, 0o600)
@@ -115,6 +121,16 @@ func (o *serveOptions) listen() (net.Listener, error) {
 
 // prepare makes the directories and gives up what privileges there are.
 func (o *serveOptions) prepare() error {
+	if o.disk != "" {
+		if err := o.makeDisk(); err != nil {
+			return fmt.Errorf("disk %s: %w", o.disk, err)
+		}
+	}
+	if o.account != "" && o.user != nil {
+		if err := o.writeAccount(); err != nil {
+			return fmt.Errorf("account %s: %w", o.account, err)
+		}
+	}
 	for _, dir := range []string{o.workspace, o.spool} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
@@ -137,6 +153,39 @@ func (o *serveOptions) prepare() error {
 		}
 	}
 	return nil
+}
+
+// makeDisk fills the empty disk that the container engine has mounted; again after a restart of the container.
+func (o *serveOptions) makeDisk() error {
+	if err := makeDiskParts(o.disk); err != nil {
+		return err
+	}
+	if o.user == nil {
+		return nil
+	}
+	for _, part := range diskParts {
+		if err := o.user.own(filepath.Join(o.disk, part.name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeAccount gives the user a name: FROM:TO are the image's passwd(5) and the one to be seen. Programs such as ssh refuse a user without.
+func (o *serveOptions) writeAccount() error {
+	from, to, found := strings.Cut(o.account, ":")
+	if !found {
+		return errors.New("needs FROM:TO")
+	}
+	others, err := os.ReadFile(from)
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	line := fmt.Sprintf("sandbox:x:%d:%d:sandbox:%s:/bin/sh\n", o.user.uid, o.user.gid, os.Getenv("HOME"))
+	if err := os.WriteFile(to, append([]byte(line), others...), 0o644); err != nil {
+		return err
+	}
+	return os.Chmod(to, 0o644) // the file mode creation mask does not count here
 }
 
 // own makes a directory the user's. Without CAP_CHOWN, which the local backend does not give,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.backends.runner import runner_path
-from cifixer_exec.errors import InvalidRequestError
+from cifixer_exec.errors import BackendUnavailableError, InvalidRequestError
 from cifixer_exec.settings import AppConfig
 
 
@@ -27,10 +27,28 @@ def _local(config: AppConfig) -> Backend:
     )
 
 
-#: They follow behind the same contract.
-PLANNED = ("docker_local", "kubernetes", "e2b")
+def _docker_local(config: AppConfig) -> Backend:
+    try:
+        from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
+    except ModuleNotFoundError as error:
+        mend = "install the 'docker' extra (pip install 'cifixer-exec[docker]')"
+        raise BackendUnavailableError(f"backend 'docker_local' needs the package {error.name!r}: {mend}", mend) from None
 
-_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local}
+    options = {"runtime": config.docker_runtime, "network": config.docker_network}
+    if config.image:
+        options["image"] = config.image
+    return DockerBackend(
+        address=Address(host=config.docker_host, cert_path=config.docker_cert_path),
+        # Direct sandboxes are in no registry: a reaper must not take them for orphans.
+        namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
+        options=DockerOptions(**options, writable_root=config.docker_writable_root),
+    )
+
+
+#: They follow behind the same contract.
+PLANNED = ("kubernetes", "e2b")
+
+_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local, "docker_local": _docker_local}
 
 
 def backend_names() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import pytest
 
 from cifixer_exec import SandboxEnvironment
 from cifixer_exec.backends.registry import backend_names
-from tests.support.contract_stack import HOST_SECRET, ContractSession, Stack, WorkerProcess, check_present
+from tests.support.contract_stack import HOST_SECRET, ContractSession, Stack, WorkerProcess, check_daemon, check_present
 
 Make = Callable[..., SandboxEnvironment]
 
@@ -51,6 +51,7 @@ def start_worker(contract_session: ContractSession) -> Iterator[Callable[[str], 
 def stack(request: pytest.FixtureRequest, contract_session: ContractSession, start_worker: Callable[[str], WorkerProcess]) -> Stack:
     """One variant; skipped with the reason when its backend does not work here."""
     backend, dispatch = request.param
+    check_daemon(backend)
     config = contract_session.config(backend, dispatch)
     check_present(backend, config)
     return Stack(contract_session, config, start_worker(backend) if dispatch == "queue" else None)

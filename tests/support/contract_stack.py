@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -26,6 +26,7 @@ from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.records import WorkerRecord
 from cifixer_exec.wiring import make_journal
+from tests.support.docker_daemon import NoDaemonError, docker_host, image_for_tests, left_on_daemon
 
 REQUIRE = "CIFIXER_TEST_REQUIRE"
 #: In the environment of the worker and of this process; no sandbox may ever show it.
@@ -39,12 +40,24 @@ def required_backends() -> set[str]:
     return set(os.environ.get(REQUIRE, "").replace(",", " ").split())
 
 
+def check_daemon(name: str) -> None:
+    """As :func:`check_present`, for what must be there before there is a configuration."""
+    if name == "docker_local":
+        try:
+            docker_host()
+        except NoDaemonError as error:
+            _absent(name, str(error))
+
+
 def check_present(name: str, config: AppConfig) -> None:
     """Skip, or fail if the backend is required, when its probe is not ok."""
     health = make_backend(config).probe()
-    if health.ok:
-        return
-    said = f"backend {name!r} is not usable here: {health.summary}; remedy: {health.remedy or 'none known'}"
+    if not health.ok:
+        _absent(name, f"{health.summary}; remedy: {health.remedy or 'none known'}")
+
+
+def _absent(name: str, why: str) -> NoReturn:
+    said = f"backend {name!r} is not usable here: {why}"
     if name in required_backends():
         pytest.fail(said)
     pytest.skip(said)
@@ -112,8 +125,8 @@ class ContractSession:
         self._numbers = count(1)
 
     def config(self, backend: str, dispatch: str) -> AppConfig:
-        """The configuration of one variant."""
-        return AppConfig(
+        """The configuration of one variant. Raises NoDaemonError where a daemon is needed and there is none."""
+        config = AppConfig(
             execution_backend=backend,
             dispatch=dispatch,
             redis_url=self.redis_url,
@@ -122,6 +135,9 @@ class ContractSession:
             command_timeout_s=100.0,
             lifetime_s=900.0,
         )
+        if backend == "docker_local":
+            return config.with_(docker_host=docker_host(), image=image_for_tests(docker_host()))
+        return config
 
     def sandbox_id(self) -> str:
         """A new one, recognisable as ours."""
@@ -134,6 +150,8 @@ class ContractSession:
         groups = cgroups.detect()
         for base in dict.fromkeys((groups.bases if groups else {}).values()):
             found += [f"control group {g}" for g in (base / "cifixer-exec").glob(f"{self.namespace}-*")]
+        if docker_host.cache_info().currsize:
+            found += left_on_daemon(self.namespace)
         return found
 
     def remove(self) -> None:

@@ -1,0 +1,174 @@
+"""The way to one Docker daemon: docker-py for the lifecycle, and where our own byte streams connect to.
+
+docker-py's client is a requests session, whose pool is safe for threads as long as each call is one request, and never
+across a fork: so there is one client per process and daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+from urllib.parse import urlsplit
+
+import docker
+from docker.tls import TLSConfig
+
+from cifixer_exec.backends.docker_local.stream import Endpoint, SshEndpoint, TcpEndpoint, UnixEndpoint
+from cifixer_exec.backends.docker_local.vendor_errors import translated
+from cifixer_exec.errors import InvalidRequestError
+
+DEFAULT_SOCKET = "/var/run/docker.sock"
+#: Of one request; a pull is many small answers.
+REQUEST_TIMEOUT_S = 60.0
+#: Kept open for the next request; more than these at once are made and closed again.
+POOL_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a daemon listens: ``unix:///path``, ``tcp://host:port`` or ``ssh://user@host``; empty: the usual socket.
+
+    ``cert_path``: a directory with ``ca.pem``, ``cert.pem`` and ``key.pem``; empty: TCP without TLS.
+    """
+
+    host: str = ""
+    cert_path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a daemon says of itself once and for all."""
+
+    placement: str
+    api_version: str
+    server: str
+    memory: bool
+    cpus: bool
+    max_processes: bool
+    networks: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    #: Only 65,536 user ids exist in its containers.
+    few_ids: bool
+
+
+class _Client(docker.APIClient):  # type: ignore[misc]  # the package has no types
+    """Trusts the certificates it was given, also where REQUESTS_CA_BUNDLE is set: requests would let that win over a session's own."""
+
+    def merge_environment_settings(self, url: str, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        return super().merge_environment_settings(url, proxies, stream, self.verify if verify is None else verify, cert)
+
+
+class Daemon:
+    """One daemon as this process sees it. Nothing is contacted before first use, and a failure is not remembered."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._making = threading.Lock()
+        self._known: Facts | None = None
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """Where a stream of our own connects to. Raises InvalidRequestError for an address that is none."""
+        host = self.address.host or f"unix://{DEFAULT_SOCKET}"
+        parts = urlsplit(host if "://" in host else f"tcp://{host}")
+        try:
+            port = parts.port
+        except ValueError:
+            port = None
+        if parts.scheme in ("unix", "http+unix"):
+            return UnixEndpoint((parts.netloc and f"/{parts.netloc}") + parts.path or DEFAULT_SOCKET)
+        if parts.scheme in ("tcp", "http", "https") and parts.hostname and port:
+            return TcpEndpoint(parts.hostname, port, self._ssl_context(secure=parts.scheme == "https"))
+        if parts.scheme == "ssh" and parts.hostname:
+            return SshEndpoint(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, port)
+        raise InvalidRequestError(f"docker_host={host!r} is not usable: give unix:///path, tcp://host:port or ssh://user@host")
+
+    @property
+    def api(self) -> Any:
+        """docker-py's client. Raises BackendUnavailableError when the daemon does not answer."""
+        with self._making:
+            return self._api
+
+    @cached_property
+    def _api(self) -> Any:
+        endpoint = self.endpoint
+        with translated("connecting"):
+            return _Client(
+                base_url=self.address.host or f"unix://{DEFAULT_SOCKET}",
+                version="auto",
+                timeout=REQUEST_TIMEOUT_S,
+                tls=self._tls_config() if isinstance(endpoint, TcpEndpoint) and self.address.cert_path else False,
+                use_ssh_client=True,
+                max_pool_size=POOL_SIZE,
+            )
+
+    @property
+    def facts(self) -> Facts:
+        """Raises BackendUnavailableError when the daemon does not answer."""
+        api = self.api
+        with self._making:
+            if self._known is None:
+                with translated("asking for its facts"):
+                    self._known = _facts(api)
+            return self._known
+
+    def _tls_config(self) -> TLSConfig:
+        with translated("reading its certificates"):
+            ca, cert, key = self._certificates()
+            return TLSConfig(client_cert=(cert, key), ca_cert=ca, verify=True)
+
+    def _ssl_context(self, *, secure: bool) -> ssl.SSLContext | None:
+        if not self.address.cert_path:
+            return ssl.create_default_context() if secure else None
+        ca, cert, key = self._certificates()
+        try:
+            context = ssl.create_default_context(cafile=ca)
+            context.load_cert_chain(cert, key)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidRequestError(f"the certificates in {self.address.cert_path!r} cannot be used: {error}") from None
+        return context
+
+    def _certificates(self) -> tuple[str, str, str]:
+        ca, cert, key = (os.path.join(self.address.cert_path, name) for name in ("ca.pem", "cert.pem", "key.pem"))
+        return ca, cert, key
+
+
+_known: dict[tuple[int, Address], Daemon] = {}
+_knowing = threading.Lock()
+
+
+def daemon_at(address: Address) -> Daemon:
+    """The one of this process."""
+    with _knowing:
+        return _known.setdefault((os.getpid(), address), Daemon(address))
+
+
+def _facts(api: Any) -> Facts:
+    info = api.info()
+    networks = tuple(str(n["Name"]) for n in api.networks())
+    security = " ".join(info.get("SecurityOptions") or [])
+    name = "".join(c for c in str(info.get("Name", "")).split(".")[0] if c.isalnum() or c == "-")[:40] or "docker"
+    return Facts(
+        placement=f"{name}-{sha256(_identity(api, info).encode()).hexdigest()[:12]}",
+        api_version=str(api.api_version),
+        server=str(info.get("ServerVersion", "")),
+        memory=bool(info.get("MemoryLimit")),
+        cpus=bool(info.get("CpuCfsQuota")),
+        max_processes=bool(info.get("PidsLimit")),
+        networks=networks,
+        runtimes=tuple(info.get("Runtimes") or ()),
+        few_ids="name=userns" in security or "name=rootless" in security,
+    )
+
+
+def _identity(api: Any, info: dict[str, Any]) -> str:
+    """The daemon's own id; Podman answers with a new one each time, so its machine and store must do."""
+    components = [str(c.get("Name", "")) for c in api.version().get("Components") or []]
+    if any("podman" in c.lower() for c in components):
+        return f"podman:{info.get('Name')}:{info.get('DockerRootDir')}"
+    return str(info.get("ID") or info.get("Name"))

@@ -1,0 +1,118 @@
+"""What is where in a sandbox, and the limits of its container.
+
+One memory file system is the whole disk: workspace, home and /tmp are links into it, so that one size holds for all of
+them together, on any storage driver. The links, like the runner, are in the prepared image (images.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from cifixer_exec.model import MIB, SandboxSpec
+
+RUNNER = "/run/cifixer/runner"
+SPOOL = "/run/cifixer/spool"
+#: Root's alone: no command can reach, replace or redirect the socket in it.
+CHANNEL = "/run/cifixer/channel"
+SOCKET = f"{CHANNEL}/socket"
+DISK = "/sandbox"
+WORKSPACE, HOME, TMP = "/workspace", "/home/sandbox", "/tmp"  # noqa: S108
+#: The image's own users, and where they and the sandbox's are seen from /etc/passwd.
+IMAGE_PASSWD, ETC, PASSWD = "/run/cifixer/passwd", "/run/cifixer/etc", "/run/cifixer/etc/passwd"
+LINKS = {WORKSPACE: f"{DISK}/workspace", HOME: f"{DISK}/home", TMP: f"{DISK}/tmp", "/var/tmp": f"{DISK}/tmp", "/etc/passwd": PASSWD}  # noqa: S108
+
+DEFAULT_CPUS = 1.0
+DEFAULT_MEMORY_BYTES = 2048 * MIB
+DEFAULT_DISK_BYTES = 4096 * MIB
+DEFAULT_MAX_PROCESSES = 512
+#: The most that the runner and its supervisors can need of the pids controller, which counts threads; the exact limit on
+#: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
+RUNNER_THREADS = 1024
+MAX_OPEN_FILES = 65_536
+#: At once in one sandbox; each has a supervisor with about a dozen threads.
+MAX_COMMANDS = 64
+_SHM_BYTES = 256 * MIB
+_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
+#: To become the sandbox's user and give it its directories; the runner has none of them left when it starts a command.
+CAPABILITIES = ["CHOWN", "SETGID", "SETUID"]
+
+BRIDGE = [RUNNER, "bridge", "--socket", SOCKET]
+#: Who runs the bridge: not the sandbox's user, whose processes could stop, trace or kill it.
+BRIDGE_USER = "0:0"
+
+
+def user_id(sandbox_id: str, *, few_ids: bool) -> int:
+    """Each sandbox has a user id of its own, because the kernel counts a user's processes over all containers of a host.
+
+    ``few_ids``: where containers have 65,536 ids that are mapped, two sandboxes can meet by chance; they would share one process limit.
+    """
+    first, count = (10_000, 50_000) if few_ids else (0x7000_0000, 0x0F00_0000)
+    return first + int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:8], "big") % count
+
+
+def serve_command(spec: SandboxSpec, *, uid: int) -> list[str]:
+    """The arguments of the runner as PID 1."""
+    command = ["serve", "--socket", SOCKET, "--keep-socket", "--spool", SPOOL, "--volatile-spool", "--disk", DISK]
+    command += ["--workspace", WORKSPACE, "--user", f"{uid}:{uid}", "--account", f"{IMAGE_PASSWD}:{PASSWD}"]
+    for root in (WORKSPACE, TMP, HOME):
+        command += ["--allow-root", root]
+    return [
+        *command,
+        *("--max-processes", str(int(spec.max_processes or DEFAULT_MAX_PROCESSES))),
+        *("--max-commands", str(MAX_COMMANDS)),
+        *("--max-open-files", str(MAX_OPEN_FILES)),
+        *("--expires-in", f"{spec.lifetime_s:.3f}"),
+    ]
+
+
+def environment(of_image: list[str]) -> dict[str, str]:
+    """What every command sees before the spec's variables and its own, besides what the image says."""
+    ours = {"USER": "sandbox", "LOGNAME": "sandbox", "HOME": HOME}
+    defaults = {"SHELL": "/bin/sh", "LANG": "C.UTF-8", "TERM": "dumb", "CI": "true"}
+    named = {line.partition("=")[0] for line in of_image}
+    return {**{name: value for name, value in defaults.items() if name not in named}, **ours}
+
+
+def tmpfs(spec: SandboxSpec) -> dict[str, str]:
+    """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited."""
+    disk = int(spec.disk_bytes or DEFAULT_DISK_BYTES)
+    spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk // 2))
+    return {
+        DISK: f"rw,exec,nosuid,nodev,mode=0755,size={disk},nr_inodes={disk // 4096 + 16384}",
+        SPOOL: f"rw,noexec,nosuid,nodev,mode=0755,size={spool}",
+        ETC: "rw,noexec,nosuid,nodev,mode=0755,size=1048576",
+        CHANNEL: "rw,noexec,nosuid,nodev,mode=0700,size=65536",
+    }
+
+
+def host_config(
+    spec: SandboxSpec, *, memory: bool, cpus: bool, processes: bool, network_mode: str, runtime: str, read_only: bool
+) -> dict[str, Any]:
+    """Arguments of docker-py's ``create_host_config``. ``memory``, ``cpus`` and ``processes``: whether the daemon can limit them."""
+    limits: dict[str, Any] = {}
+    if memory:
+        size = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES)
+        limits |= {"mem_limit": size, "memswap_limit": size}
+    if cpus:
+        limits["nano_cpus"] = int((spec.cpus or DEFAULT_CPUS) * 1e9)
+    if processes:
+        limits["pids_limit"] = int(spec.max_processes or DEFAULT_MAX_PROCESSES) + RUNNER_THREADS
+    return {
+        **limits,
+        "auto_remove": False,  # it would take the cause of death along
+        "cap_drop": ["ALL"],
+        "cap_add": CAPABILITIES,
+        "init": False,  # an init such as tini would die of a hostile `kill -9 -1`, and the container with it
+        "ipc_mode": "private",
+        "log_config": {"type": "json-file", "config": {"max-size": "64k", "max-file": "1"}},
+        "network_mode": network_mode,
+        "read_only": read_only,
+        "restart_policy": {"Name": "no"},
+        "runtime": runtime or None,
+        "security_opt": ["no-new-privileges:true"],
+        "shm_size": _SHM_BYTES,
+        "tmpfs": tmpfs(spec),
+        # Open files are limited by the runner: more than the daemon itself may have would be refused, in words about rlimits.
+        "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
+    }

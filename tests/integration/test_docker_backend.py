@@ -1,0 +1,342 @@
+"""The Docker backend beyond the contract: whose containers, why one died, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from cifixer_exec import AppConfig, InvalidRequestError, create_sandbox
+from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
+from cifixer_exec.backends.docker_local import backend as module
+from cifixer_exec.backends.docker_local.daemon import daemon_at
+from cifixer_exec.errors import BackendUnavailableError, SandboxLostError, SandboxStartError
+from cifixer_exec.model import MIB, Inspection, SandboxHandle, SandboxSpec
+from tests.support.contract_stack import check_daemon
+from tests.support.docker_daemon import docker_host, image_for_tests, left_on_daemon
+from tests.support.docker_tcp import certificates, tcp_port_of
+
+
+@pytest.fixture(scope="module")
+def host() -> str:
+    check_daemon("docker_local")
+    return docker_host()
+
+
+@pytest.fixture(scope="module")
+def api(host: str) -> Iterator[Any]:
+    client = docker.APIClient(base_url=host, version="auto", timeout=60)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def backend(host: str, namespace: str) -> Iterator[DockerBackend]:
+    made = DockerBackend(address=Address(host=host), namespace=namespace, options=DockerOptions(image=image_for_tests(host)))
+    yield made
+    for owned in made.list_owned():
+        made.destroy(owned.handle)
+    assert left_on_daemon(namespace) == []
+
+
+def spec(sandbox_id: str = "one", **members: Any) -> SandboxSpec:
+    return SandboxSpec(backend="docker_local", sandbox_id=sandbox_id, **members)
+
+
+def container_of(api: Any, namespace: str) -> dict[str, Any]:
+    (found,) = api.containers(all=True, filters={"label": f"cifixer.namespace={namespace}"})
+    return dict(api.inspect_container(found["Id"]))
+
+
+def death_of(backend: DockerBackend, handle: SandboxHandle) -> Inspection:
+    give_up = time.monotonic() + 20
+    while (found := backend.inspect(handle)).alive:
+        assert time.monotonic() < give_up, "it does not die"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_second_create_adopts_the_same_container(backend: DockerBackend, api: Any, namespace: str) -> None:
+    backend.create(spec())
+    first = container_of(api, namespace)["Id"]
+    backend.create(spec())
+    assert container_of(api, namespace)["Id"] == first
+
+
+def test_a_container_whose_maker_died_before_the_start_is_started(
+    backend: DockerBackend, api: Any, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_start", lambda container: None)
+    backend.create(spec())
+    assert container_of(api, namespace)["State"]["Status"] == "created"
+    monkeypatch.undo()
+    assert [o.handle.sandbox_id for o in backend.list_owned()] == ["one"]
+    assert backend.inspect(backend.create(spec())).alive
+
+
+def test_a_dead_one_of_the_same_id_is_made_anew(backend: DockerBackend, api: Any, namespace: str) -> None:
+    handle = backend.create(spec())
+    dead = container_of(api, namespace)["Id"]
+    api.kill(dead)
+    death_of(backend, handle)
+    backend.create(spec())
+    assert container_of(api, namespace)["Id"] != dead
+
+
+def test_labels_are_there_and_tell_the_deadline(backend: DockerBackend, api: Any, namespace: str) -> None:
+    backend.create(spec(lifetime_s=500))
+    labels = container_of(api, namespace)["Config"]["Labels"]
+    assert (labels["cifixer.sandbox_id"], labels["cifixer.placement"]) == ("one", backend.placement)
+    assert abs(float(labels["cifixer.expires_at"]) - time.time() - 500) < 30
+
+
+def test_a_container_of_somebody_else_is_never_touched(backend: DockerBackend, api: Any, host: str) -> None:
+    name = backend._container("taken")
+    foreign = api.create_container(image_for_tests(host), command=["sleep", "60"], name=name)["Id"]
+    handle = SandboxHandle(backend="docker_local", sandbox_id="taken", placement=backend.placement)
+    try:
+        with pytest.raises(SandboxStartError, match="not one of ours"):
+            backend.create(spec("taken"))
+        with suppress(SandboxStartError):
+            backend.destroy(handle)
+        assert not backend.inspect(handle).alive
+        assert backend.list_owned() == []
+        assert api.inspect_container(foreign)["State"]["Status"] == "created"
+    finally:
+        api.remove_container(foreign, force=True)
+
+
+def test_another_namespace_sees_nothing_of_it(backend: DockerBackend, host: str) -> None:
+    backend.create(spec())
+    other = DockerBackend(address=Address(host=host), namespace="another")
+    assert other.list_owned() == []
+    assert not other.inspect(SandboxHandle(backend="docker_local", sandbox_id="one", placement=other.placement)).alive
+
+
+def test_an_image_that_cannot_be_pulled_is_said_within_seconds(backend: DockerBackend, namespace: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(SandboxStartError, match=r"127\.0\.0\.1:9/no/such.*could not be pulled.*docker (pull|login)"):
+        backend.create(spec(image="127.0.0.1:9/no/such:image"))
+    assert time.monotonic() - begun < 20
+    assert left_on_daemon(namespace) == []
+
+
+def test_an_image_name_that_is_none_is_refused(backend: DockerBackend) -> None:
+    with pytest.raises((InvalidRequestError, SandboxStartError), match="UPPER"):
+        backend.create(spec(image="UPPER case"))
+
+
+def test_a_runtime_that_the_daemon_does_not_know_is_refused_by_name(host: str, namespace: str) -> None:
+    options = DockerOptions(image=image_for_tests(host), runtime="runsc-not-here")
+    with pytest.raises(SandboxStartError, match=r"runsc-not-here.*runc"):
+        DockerBackend(address=Address(host=host), namespace=namespace, options=options).create(spec())
+    assert left_on_daemon(namespace) == []
+
+
+def test_more_cpus_than_there_are_leave_nothing_behind(backend: DockerBackend, namespace: str) -> None:
+    with pytest.raises(InvalidRequestError, match="CPU"):
+        backend.create(spec(cpus=100_000))
+    assert left_on_daemon(namespace) == []
+
+
+DEATHS: dict[str, tuple[Callable[[Any, str], object], str]] = {
+    "killed": (lambda api, container: api.kill(container), "killed from outside"),
+    "removed": (lambda api, container: api.remove_container(container, force=True), "removed"),
+    "stopped": (lambda api, container: api.stop(container, timeout=0), "killed from outside"),
+}
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_the_cause_of_death_is_told(backend: DockerBackend, api: Any, namespace: str, how: str) -> None:
+    die, cause = DEATHS[how]
+    handle = backend.create(spec())
+    die(api, container_of(api, namespace)["Id"])
+    assert cause in death_of(backend, handle).cause
+
+
+def test_the_end_of_the_lifetime_is_told(backend: DockerBackend) -> None:
+    assert death_of(backend, backend.create(spec(lifetime_s=0.5))).cause == "its lifetime ended"
+
+
+def test_a_container_that_is_out_of_memory_says_so(backend: DockerBackend, api: Any, namespace: str) -> None:
+    handle = backend.create(spec(memory_bytes=64 * MIB))
+    container = container_of(api, namespace)["Id"]
+    api.update_container(container, mem_limit=6 * MIB, memswap_limit=6 * MIB)  # no room even for the runner
+    with suppress(docker.errors.APIError):
+        for _ in range(20):
+            api.exec_start(api.exec_create(container, ["sh", "-c", "head -c 30000000 /dev/zero > /tmp/x"])["Id"])
+            if not backend.inspect(handle).alive:
+                break
+    api.kill(container) if backend.inspect(handle).alive else None
+    assert "out of memory" in death_of(backend, handle).cause
+
+
+def test_a_deadline_that_was_moved_is_seen_by_every_process(backend: DockerBackend, host: str, namespace: str) -> None:
+    handle = backend.create(spec(lifetime_s=500))
+    for deadline in (time.time() + 5000, time.time() + 50):
+        backend.extend(handle, deadline)
+        (owned,) = DockerBackend(address=Address(host=host), namespace=namespace).list_owned()
+        assert abs(owned.expires_at_s - deadline) < 0.01
+    backend.destroy(handle)
+    assert left_on_daemon(namespace) == []
+
+
+def test_the_deadline_of_a_removed_container_is_owned_until_destroyed(backend: DockerBackend, api: Any, namespace: str) -> None:
+    handle = backend.create(spec())
+    backend.extend(handle, time.time() + 5000)
+    api.remove_container(container_of(api, namespace)["Id"], force=True)
+    (owned,) = backend.list_owned()
+    assert (owned.handle.sandbox_id, owned.expires_at_s) == ("one", 0.0)
+    with pytest.raises(SandboxLostError):
+        backend.extend(handle, time.time() + 5000)
+    backend.destroy(owned.handle)
+    assert backend.list_owned() == []
+
+
+def test_what_ended_long_ago_is_removed_by_the_next_create(backend: DockerBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = backend.create(spec("old", lifetime_s=0.5))
+    death_of(backend, handle)
+    monkeypatch.setattr(module, "LITTER_AGE_S", 0.0)
+    monkeypatch.setattr(module, "LITTER_PAUSE_S", 0.0)
+    backend.create(spec("new"))
+    assert [o.handle.sandbox_id for o in backend.list_owned()] == ["new"]
+
+
+def test_the_container_is_hardened(backend: DockerBackend, api: Any, namespace: str) -> None:
+    backend.create(spec())
+    host = container_of(api, namespace)["HostConfig"]
+    assert (host["NetworkMode"], host["ReadonlyRootfs"], host["Privileged"], host["Init"]) == ("none", True, False, False)
+    assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
+    assert host["Memory"] == host["MemorySwap"] == 2048 * MIB
+    assert (host["NanoCpus"], host["PidsLimit"]) == (1_000_000_000, 512 + 1024)
+    assert not host["Binds"]
+
+
+def test_nothing_but_the_disk_can_be_written(host: str, namespace: str) -> None:
+    config = AppConfig(
+        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
+    )
+    with create_sandbox(config) as sandbox:
+        find = "find / -xdev -writable -not -type l -not -type c 2>/dev/null"
+        assert sandbox.run_command(find).text.split() == ["/run/cifixer/spool"]  # a tmpfs
+        assert sandbox.run_command("echo x > /var/tmp/f && cat /tmp/f").text == "x\n"
+
+
+def test_the_user_has_a_name_among_those_of_the_image(host: str, namespace: str) -> None:
+    config = AppConfig(
+        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
+    )
+    with create_sandbox(config) as sandbox:
+        assert sandbox.run_command("whoami; id -un 0; id -un 65534").text.split() == ["sandbox", "root", "nobody"]
+        assert not sandbox.run_command("echo evil >> /etc/passwd || mv /run/cifixer/etc/passwd /tmp/x || ln -sf /tmp /etc/passwd").ok
+
+
+def test_the_channel_is_out_of_reach_of_commands(host: str, namespace: str) -> None:
+    config = AppConfig(
+        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
+    )
+    with create_sandbox(config) as sandbox:
+        assert not sandbox.run_command("ls /run/cifixer/channel").ok
+        assert not sandbox.run_command(
+            "mv /run/cifixer/channel /tmp/; rm -rf /run/cifixer/channel/*; test -e /run/cifixer/channel/socket"
+        ).ok
+        assert not sandbox.run_command(["/run/cifixer/runner", "bridge", "--socket", "/run/cifixer/channel/socket", "--wait", "0"]).ok
+        assert sandbox.run_command("echo alive").text == "alive\n"
+
+
+#: docker-py leaves the socket that it could not connect to the garbage collector.
+LEAKS = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+ABSENT = {
+    "no socket": ("unix:///no/such/docker.sock", "start the Docker daemon"),
+    "nobody listens": ("tcp://127.0.0.1:9", "start the Docker daemon"),
+}
+
+
+@LEAKS
+@pytest.mark.parametrize("how", ABSENT)
+def test_without_a_daemon_everything_is_unavailable_and_nothing_is_known(how: str) -> None:
+    address, mend = ABSENT[how]
+    backend = DockerBackend(address=Address(host=address), namespace="x")
+    handle = SandboxHandle(backend="docker_local", sandbox_id="one", placement="p")
+    for ask in (lambda: backend.create(spec()), lambda: backend.inspect(handle), backend.list_owned, lambda: backend.destroy(handle)):
+        with pytest.raises(BackendUnavailableError, match=mend):
+            ask()
+    health = backend.probe()
+    assert not health.ok
+    assert mend in health.remedy
+    with pytest.raises(OSError, match="Docker daemon"):
+        asyncio.run(_dial(backend, handle))
+    gc.collect()
+
+
+async def _dial(backend: DockerBackend, handle: SandboxHandle) -> None:
+    await backend.dial(handle)()
+
+
+@LEAKS
+def test_a_daemon_that_goes_away_is_unavailable_and_no_death(backend: DockerBackend, host: str, namespace: str, tmp_path: Path) -> None:
+    """Through a link to the socket, which is then taken away."""
+    link = tmp_path / "docker.sock"
+    link.symlink_to(host.removeprefix("unix://"))
+    through = DockerBackend(address=Address(host=f"unix://{link}"), namespace=namespace, options=DockerOptions(image=image_for_tests(host)))
+    handle = through.create(spec())
+    link.unlink()
+    daemon_at(Address(host=f"unix://{link}")).api.close()  # its open connections would go on
+    with pytest.raises(BackendUnavailableError):
+        through.inspect(handle)
+    with pytest.raises(BackendUnavailableError):
+        through.list_owned()
+    link.symlink_to(host.removeprefix("unix://"))
+    assert through.inspect(handle).alive
+    gc.collect()
+
+
+@pytest.mark.parametrize("address", ["ftp://here", "tcp://no-port", "tcp://host:x"])
+def test_an_address_that_is_none_is_refused_by_name(address: str) -> None:
+    with pytest.raises(InvalidRequestError, match="docker_host"):
+        DockerBackend(address=Address(host=address), namespace="x").list_owned()
+
+
+def test_dialling_a_container_that_is_gone_is_an_os_error(backend: DockerBackend) -> None:
+    handle = backend.create(spec())
+    backend.destroy(handle)
+    with pytest.raises(OSError, match="No such container"):
+        asyncio.run(_dial(backend, handle))
+
+
+def test_a_handle_works_in_any_form(backend: DockerBackend) -> None:
+    handle = backend.create(spec())
+    assert backend.inspect(SandboxHandle.from_json(replace(handle, data={"boot_id": "x"}).to_json())).alive
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_a_daemon_at_a_tcp_port_works_the_same(host: str, namespace: str, tmp_path: Path, secure: bool) -> None:
+    if secure and shutil.which("openssl") is None:
+        pytest.skip("certificates are made with openssl, which is not installed")
+    context = certificates(tmp_path) if secure else None
+    with tcp_port_of(host.removeprefix("unix://"), context) as port:
+        config = AppConfig(
+            execution_backend="docker_local",
+            dispatch="direct",
+            docker_host=f"tcp://127.0.0.1:{port}",
+            docker_cert_path=str(tmp_path) if secure else "",
+            image=image_for_tests(host),
+            namespace=namespace,
+        )
+        with create_sandbox(config) as sandbox:
+            data = bytes(range(256)) * 20_000
+            sandbox.write_file("file", data)
+            assert sandbox.read_file("file") == data
+            assert len(sandbox.run_command("head -c 9000000 /dev/zero").stdout) == 9_000_000
+        daemon_at(Address(host=config.docker_host, cert_path=config.docker_cert_path)).api.close()
+    assert left_on_daemon(namespace) == []
