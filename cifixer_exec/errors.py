@@ -10,9 +10,11 @@
     ├── QueueUnavailableError          Redis cannot be reached, or no worker answers
     └── BackendError
         ├── BackendUnavailableError    the backend does not answer, or cannot work on this machine
+        │   └── CircuitOpenError       it did not answer for a while, so it was not even asked
         ├── CapacityError              no room now: quota, process limit, rate limit
         ├── SandboxStartError          the sandbox could not be made; what was begun is removed
-        └── SandboxLostError           it was there and is gone (see ``cause`` in the message)
+        ├── SandboxLostError           it was there and is gone (see ``cause`` in the message)
+        └── OutcomeUnknownError        it was asked and the backend went away: done or not, nobody knows
 
 ``retryable`` means: *the command cannot have started*, so sending the same request again is safe even
 under a new op id. A command that fails is not an error: it is an :class:`~cifixer_exec.model.ExecResult`.
@@ -72,6 +74,10 @@ class BackendUnavailableError(BackendError):
     retryable = True
 
 
+class CircuitOpenError(BackendUnavailableError):
+    """The backend has not answered for a while and is left alone; the message says for how long. Nothing was asked."""
+
+
 class CapacityError(BackendError):
     """There is no room now; nothing has started."""
 
@@ -88,6 +94,10 @@ class SandboxLostError(BackendError):
     """The sandbox is gone. A command may have run, so this is not retryable."""
 
 
+class OutcomeUnknownError(BackendError):
+    """The request was sent, and the platform went away before the answer: it may have been done. Not retryable."""
+
+
 _BY_NAME: dict[str, type[ExecutorError]] = {
     cls.__name__: cls
     for cls in (
@@ -99,9 +109,11 @@ _BY_NAME: dict[str, type[ExecutorError]] = {
         QueueUnavailableError,
         BackendError,
         BackendUnavailableError,
+        CircuitOpenError,
         CapacityError,
         SandboxStartError,
         SandboxLostError,
+        OutcomeUnknownError,
     )
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.channel.channel import Channel
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import InvalidRequestError, SandboxLostError, SandboxNotFoundError
+from cifixer_exec.errors import BackendError, InvalidRequestError, OutcomeUnknownError, SandboxLostError, SandboxNotFoundError
 from cifixer_exec.model import (
     MAX_BODY_BYTES,
     NEVER_BEGUN,
@@ -86,28 +86,32 @@ class SandboxSession:
         """Alive or not; asks the platform in a thread."""
         return await asyncio.to_thread(self.backend.inspect, self.handle)
 
-    async def run(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
+    async def run(self, op_id: str, commands: Sequence[Command], *, begun: bool = False) -> AsyncGenerator[OutputChunk | Ended, None]:
         """Run ``commands`` in order, stop behind the first that fails; output as it comes, bounded, then the records.
 
-        Known commands are attached to, not started again. A sandbox that dies is a record ``sandbox_lost``, not an error.
+        Known commands are attached to, not started again. A sandbox that dies is a record ``sandbox_lost``, not an error; a platform that
+        goes away for longer than the command may run is a record ``unknown``. ``begun``: an earlier owner may have started the first one.
+
+        Raises:
+            BackendUnavailableError: the platform does not answer, and nothing has started.
         """
         self._running.add(op_id)
         try:
-            async with aclosing(self._run_all(op_id, commands)) as items:
+            async with aclosing(self._run_all(op_id, commands, begun)) as items:
                 async for item in items:
                     yield item
         finally:
             self._running.discard(op_id)
             self._cancelled.discard(op_id)
 
-    async def _run_all(self, op_id: str, commands: Sequence[Command]) -> AsyncGenerator[OutputChunk | Ended, None]:
+    async def _run_all(self, op_id: str, commands: Sequence[Command], begun: bool) -> AsyncGenerator[OutputChunk | Ended, None]:
         records: list[ExecRecord] = []
         for index, command in enumerate(commands):
             if index > 0 and op_id in self._cancelled:
                 records.append(NEVER_BEGUN)
                 break
             gate = OutputGate(command.output_limit_bytes)
-            async with aclosing(self._run_one(op_id, index, with_env(command, self._env))) as items:
+            async with aclosing(self._run_one(op_id, index, with_env(command, self._env), begun or index > 0)) as items:
                 async for item in items:
                     if isinstance(item, ExecRecord):
                         records.append(item)
@@ -117,7 +121,7 @@ class SandboxSession:
                 yield chunk
             if not records[-1].ok:
                 if records[-1].status is Status.UNKNOWN:  # its record was dropped, and one behind it may run that nobody would look after
-                    with suppress(SandboxLostError):
+                    with suppress(BackendError):
                         await self._kill(op_id, len(commands), 2.0)
                 break
         yield Ended(records=tuple(records))
@@ -193,13 +197,15 @@ class SandboxSession:
         """Leave the sandbox as it is, for another owner."""
         self.channel.close()
 
-    async def _run_one(self, op_id: str, index: int, command: Command) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+    async def _run_one(self, op_id: str, index: int, command: Command, begun: bool) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         try:
-            async with aclosing(self.channel.run(f"{op_id}:{index}", command, index=index)) as items:
+            async with aclosing(self.channel.run(f"{op_id}:{index}", command, index=index, begun=begun)) as items:
                 async for item in items:
                     yield item
         except SandboxLostError as error:
             yield ExecRecord(status=Status.SANDBOX_LOST, cause=str(error))
+        except OutcomeUnknownError as error:
+            yield ExecRecord(status=Status.UNKNOWN, cause=str(error))
 
     async def _read_output(self, arguments: Mapping[str, Any]) -> Answer:
         """A piece of one stream's spool: ``{op_id, stream, offset, length}`` → body, with its true ``offset``."""

@@ -81,8 +81,9 @@ class AppConfig:
     docker_host: str = field(default_factory=lambda: os.environ.get("DOCKER_HOST", ""))
     docker_cert_path: str = field(default_factory=default_docker_cert_path)
     docker_runtime: str = ""
-    docker_network: str = "bridge"
+    docker_network: str = ""
     docker_writable_root: bool = False
+    docker_commands_as_root: bool = False
 
     def __post_init__(self) -> None:
         if self.dispatch not in DISPATCH_MODES:
@@ -204,6 +205,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_DOCKER_RUNTIME": ("docker_runtime", str),
     "CIFIXER_DOCKER_NETWORK": ("docker_network", str),
     "CIFIXER_DOCKER_WRITABLE_ROOT": ("docker_writable_root", _flag),
+    "CIFIXER_DOCKER_COMMANDS_AS_ROOT": ("docker_commands_as_root", _flag),
 }
 
 assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # each field has its variable

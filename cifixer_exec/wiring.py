@@ -140,6 +140,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
         drain_s=config.drain_s,
         backend=backend.name,
         placement=backend.placement,
+        breaker_state=lambda: backend.breaker_state,
         most_ops=config.worker_concurrency - max(1, config.worker_concurrency // 8),
     )
     return runtime

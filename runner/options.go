@@ -26,6 +26,7 @@ type serveOptions struct {
 	volatile                 bool // the spool goes with this process: records on disk would serve nobody
 	disk, account            string
 	keepSocket               bool // the socket stays the first user's: in a directory of that user's, no command can reach it
+	keepCapabilities         bool // commands may do what the container may: for package managers
 	expiresIn                time.Duration
 	token                    string
 }
@@ -54,6 +55,7 @@ func parseServe(args []string) (*serveOptions, error) {
 	flags.StringVar(&o.disk, "disk", "", "")
 	flags.StringVar(&o.account, "account", "", "")
 	flags.BoolVar(&o.keepSocket, "keep-socket", false, "")
+	flags.BoolVar(&o.keepCapabilities, "keep-capabilities", false, "")
 	tokenName := flags.String("token-env", "", "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
@@ -141,7 +143,9 @@ func (o *serveOptions) prepare() error {
 			}
 		}
 	}
-	if o.user != nil {
+	if o.keepCapabilities {
+		setDumpable(false) // else a command of the same user could read the secret out of /proc/1/environ; ptrace(2)
+	} else if o.user != nil {
 		if err := o.user.become(); err != nil {
 			return err
 		}
@@ -181,7 +185,10 @@ func (o *serveOptions) writeAccount() error {
 	if err != nil && !os.IsNotExist(err) {
 		return err
 	}
-	line := fmt.Sprintf("sandbox:x:%d:%d:sandbox:%s:/bin/sh\n", o.user.uid, o.user.gid, os.Getenv("HOME"))
+	line := ""
+	if o.user.uid != 0 {
+		line = fmt.Sprintf("sandbox:x:%d:%d:sandbox:%s:/bin/sh\n", o.user.uid, o.user.gid, os.Getenv("HOME"))
+	}
 	if err := os.WriteFile(to, append([]byte(line), others...), 0o644); err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.channel.transport import Dial
 from cifixer_exec.errors import InvalidRequestError
 from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, SandboxSpec
@@ -57,7 +58,7 @@ class Backend(ABC):
 
     @abstractmethod
     def dial(self, handle: SandboxHandle) -> Dial:
-        """How to open a byte stream to the runner. Does no I/O itself; the returned function raises OSError."""
+        """How to open a byte stream to the runner. Does no I/O itself; the returned function raises OSError or BackendUnavailableError."""
 
     @abstractmethod
     def destroy(self, handle: SandboxHandle) -> None:
@@ -86,6 +87,11 @@ class Backend(ABC):
         Raises:
             BackendUnavailableError: the platform does not answer (never an empty list instead).
         """
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        """Of the circuit breaker before its platform; where nothing is asked over a wire there is none."""
+        return BreakerState.CLOSED
 
     def token(self, handle: SandboxHandle) -> str:  # noqa: ARG002  # for backends to override
         """The secret the runner wants in HELLO; empty where nothing inside can reach its socket."""

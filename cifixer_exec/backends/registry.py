@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cifixer_exec.backends.base import Backend
@@ -34,14 +35,17 @@ def _docker_local(config: AppConfig) -> Backend:
         mend = "install the 'docker' extra (pip install 'cifixer-exec[docker]')"
         raise BackendUnavailableError(f"backend 'docker_local' needs the package {error.name!r}: {mend}", mend) from None
 
-    options = {"runtime": config.docker_runtime, "network": config.docker_network}
-    if config.image:
-        options["image"] = config.image
+    options = DockerOptions(
+        runtime=config.docker_runtime,
+        network=config.docker_network,
+        writable_root=config.docker_writable_root,
+        commands_as_root=config.docker_commands_as_root,
+    )
     return DockerBackend(
         address=Address(host=config.docker_host, cert_path=config.docker_cert_path),
         # Direct sandboxes are in no registry: a reaper must not take them for orphans.
         namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
-        options=DockerOptions(**options, writable_root=config.docker_writable_root),
+        options=replace(options, image=config.image) if config.image else options,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from math import inf
 from typing import Any
 
 from cifixer_exec.channel.connection import (
@@ -24,17 +25,23 @@ from cifixer_exec.channel.frames import Answer, MalformedFrameError
 from cifixer_exec.channel.transport import Dial
 from cifixer_exec.errors import (
     BackendError,
+    BackendUnavailableError,
     CapacityError,
+    CircuitOpenError,
     ExecutorError,
     InvalidRequestError,
     OperationConflictError,
+    OutcomeUnknownError,
     SandboxFileError,
     SandboxLostError,
 )
 from cifixer_exec.model import Command, ExecRecord, Inspection, OutputChunk, Status, Stream, payload_digest
 
-#: How long a sandbox that the platform calls alive may refuse a connection before it counts as lost.
+#: How long a sandbox that the platform calls alive may refuse a connection before it counts as lost; and how long a request bears
+#: a platform that does not answer at all.
 RECONNECT_S = 10.0
+#: How often a platform that is away is asked for.
+AWAY_PAUSE_S = 0.25
 #: How many malformed connections in a row make a runner hopeless.
 MAX_MALFORMED = 3
 #: How many connections in a row may break without one answer or byte of output.
@@ -119,13 +126,17 @@ class Channel:
 
         Raises:
             SandboxLostError: the sandbox is gone, or cannot be reached any more.
+            BackendUnavailableError: the platform does not answer; nothing was sent.
+            OutcomeUnknownError: the platform went away between request and answer.
             EpochStaleError: another worker owns the sandbox now.
             ExecutorError: what the runner refused (see :func:`translate`).
         """
         if request_id is not None:
             arguments = {**arguments, "request_id": request_id}
+        sent = False
         while True:
-            connection = await self._connected()
+            connection = await self._reached(sent=sent, patience_s=self._reconnect_s)
+            sent = True
             try:
                 answer = await connection.request(verb, arguments, body)
             except RunnerError as error:
@@ -136,15 +147,19 @@ class Channel:
                 self._progressed()
                 return answer
 
-    async def run(self, op_id: str, command: Command, *, index: int = 0) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
+    async def run(
+        self, op_id: str, command: Command, *, index: int = 0, begun: bool = False
+    ) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         """Start ``command`` under ``op_id``, or attach to it if it is known; its output, then how it ended.
 
-        Stopping the iteration does not stop the command.
+        Once it was sent (``begun``: by an earlier owner) it goes on in its sandbox, so a platform that does not answer is waited for as
+        long as the command may run. Stopping the iteration does not stop the command.
 
         Raises: as :meth:`request`.
         """
         arguments = _start_arguments(op_id, command)
-        async with aclosing(self._follow("start", arguments, command.stdin, index)) as items:
+        patience_s = self._reconnect_s + command.grace_s + (inf if command.timeout_s is None else command.timeout_s)
+        async with aclosing(self._follow("start", arguments, command.stdin, index, sent=begun, patience_s=patience_s)) as items:
             async for item in items:
                 yield item
 
@@ -177,11 +192,20 @@ class Channel:
         return (await self._connected()).hello
 
     async def _follow(
-        self, verb: str, arguments: dict[str, Any], body: bytes, index: int, offsets: tuple[int, int] = (0, 0)
+        self,
+        verb: str,
+        arguments: dict[str, Any],
+        body: bytes,
+        index: int,
+        offsets: tuple[int, int] = (0, 0),
+        *,
+        sent: bool = False,
+        patience_s: float = RECONNECT_S,
     ) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         seen = list(offsets)
         while True:
-            connection = await self._connected()
+            connection = await self._reached(sent=sent, patience_s=patience_s)
+            sent = True
             stream = connection.stream(verb, _with_offsets(verb, arguments, seen), body)
             try:
                 async for item in stream:
@@ -220,6 +244,28 @@ class Channel:
             raise SandboxLostError(f"the sandbox's runner sent malformed frames {self._malformed} times, the last: {error}")
         if self._cuts >= MAX_CUTS:
             raise SandboxLostError(f"the connection to the sandbox broke {self._cuts} times without an answer, the last: {error}")
+
+    async def _reached(self, *, sent: bool, patience_s: float) -> Connection:
+        """A connection, behind an outage of the platform that takes no longer than ``patience_s``.
+
+        ``sent``: an answer is still due, so giving up means that nobody knows. Else a platform that is left alone is not waited for.
+
+        Raises:
+            BackendUnavailableError, OutcomeUnknownError: see :meth:`request`. Else as there.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + patience_s
+        while True:
+            try:
+                return await self._connected()
+            except BackendUnavailableError as error:
+                if not sent and (isinstance(error, CircuitOpenError) or clock() > deadline):
+                    raise
+                if clock() > deadline:
+                    raise OutcomeUnknownError(
+                        f"whether it was done is not known, because the answer could not be fetched: {error}"
+                    ) from None
+            await asyncio.sleep(AWAY_PAUSE_S)
 
     async def _connected(self) -> Connection:
         connection = self._connection

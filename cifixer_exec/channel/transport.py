@@ -25,7 +25,8 @@ class Transport(Protocol):
         """Close at once; idempotent."""
 
 
-#: Opens a new transport to the same runner; raises OSError when nothing answers.
+#: Opens a new transport to the same runner; raises OSError when nothing answers, BackendUnavailableError when it is the platform that does
+#: not, and nobody needs to ask it what has become of the sandbox.
 Dial = Callable[[], Awaitable[Transport]]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.registry import backend_names, make_backend
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.cli.exits import error_line
@@ -94,8 +95,10 @@ def _queue(reach: Reach) -> Iterator[Finding]:
     if not workers:
         yield Finding(name="workers", ok=False, summary="no worker holds a lease", remedy="start one with `cifixer-exec worker`")
     for worker in workers:
-        told = ", ".join(f"{key} {worker.info.get(key)}" for key in ("backend", "placement", "sandboxes", "active"))
-        yield Finding(name="worker", ok=True, summary=f"{worker.worker_id}: {told}")
+        told = ", ".join(f"{key} {worker.info.get(key)}" for key in ("backend", "placement", "sandboxes", "active", "breaker"))
+        away = worker.info.get("breaker", BreakerState.CLOSED) != BreakerState.CLOSED
+        remedy = "its backend does not answer: mend that, and the worker goes on by itself"
+        yield Finding(name="worker", ok=not away, summary=f"{worker.worker_id}: {told}", remedy=remedy)
 
 
 def flower_installed() -> bool:

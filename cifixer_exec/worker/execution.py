@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.channel.connection import EpochStaleError
-from cifixer_exec.errors import BackendError, ExecutorError, SandboxLostError, error_to_json
+from cifixer_exec.errors import BackendError, BackendUnavailableError, ExecutorError, OutcomeUnknownError, SandboxLostError, error_to_json
 from cifixer_exec.model import NEVER_BEGUN, Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
 from cifixer_exec.operations import commands_from
 from cifixer_exec.queues import placement_queue
@@ -73,6 +73,8 @@ class Executor:
             await self._fail(taken, ExecutorError(f"the worker failed with {type(error).__name__} on op {taken.op_id}: see its log"))
 
     async def _failed(self, taken: Taken, error: ExecutorError) -> None:
+        if taken.adopted and isinstance(error, BackendUnavailableError):  # it tells of this attempt, and there was an earlier one
+            error = OutcomeUnknownError(f"its first worker died, and whether it was done cannot be found out: {error}")
         try:
             if isinstance(error, SandboxLostError):
                 await self._lost(taken, str(error))
@@ -162,7 +164,7 @@ class Executor:
         running = self._running[taken.op_id] = _Running(session, len(commands))
         cancelling = asyncio.create_task(self.cancel(taken.op_id)) if taken.cancel else None
         try:
-            async with aclosing(session.run(taken.op_id, commands)) as items:
+            async with aclosing(session.run(taken.op_id, commands, begun=taken.adopted)) as items:
                 async for item in items:
                     if isinstance(item, OutputChunk):
                         await publisher.add(item)

@@ -64,11 +64,13 @@ class WorkerRuntime:
         close: Callable[[], Coroutine[Any, Any, None]],
         drain_s: float,
         most_ops: int,
+        breaker_state: Callable[[], str],
         backend: str,
         placement: str,
     ) -> None:
         self.wid = wid
         self._most_ops = most_ops
+        self._breaker_state = breaker_state
         self._backend = backend
         self._placement = placement
         self.journal = journal
@@ -138,7 +140,12 @@ class WorkerRuntime:
 
     def info(self) -> Mapping[str, Any]:
         """What the lease tells about this worker."""
-        return {"sandboxes": len(self._ownership), "active": len(self._active), "draining": self._draining}
+        return {
+            "sandboxes": len(self._ownership),
+            "active": len(self._active),
+            "draining": self._draining,
+            "breaker": self._breaker_state(),
+        }
 
     def responsive(self) -> bool:
         """Whether the event loop that carries ops out still turns."""

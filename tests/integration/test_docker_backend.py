@@ -274,7 +274,7 @@ def test_without_a_daemon_everything_is_unavailable_and_nothing_is_known(how: st
     health = backend.probe()
     assert not health.ok
     assert mend in health.remedy
-    with pytest.raises(OSError, match="Docker daemon"):
+    with pytest.raises(BackendUnavailableError, match="Docker daemon"):
         asyncio.run(_dial(backend, handle))
     gc.collect()
 

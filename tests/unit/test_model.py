@@ -275,4 +275,9 @@ def test_an_unknown_error_is_still_one_of_ours(data: dict[str, Any]) -> None:
 
 
 def test_only_errors_before_a_start_are_retryable() -> None:
-    assert {c.__name__ for c in CLASSES if c.retryable} == {"BackendUnavailableError", "CapacityError", "SandboxStartError"}
+    assert {c.__name__ for c in CLASSES if c.retryable} == {
+        "BackendUnavailableError",
+        "CapacityError",
+        "CircuitOpenError",
+        "SandboxStartError",
+    }

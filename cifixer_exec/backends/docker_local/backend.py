@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import threading
 import time
 import uuid
@@ -24,10 +25,13 @@ from typing import Any
 from docker.errors import APIError, NotFound
 
 from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.docker_local import images, layout
 from cifixer_exec.backends.docker_local.daemon import Address, Daemon, daemon_at
-from cifixer_exec.backends.docker_local.stream import dial_exec
-from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy, translate, translated
+from cifixer_exec.backends.docker_local.death import cause_of_death
+from cifixer_exec.backends.docker_local.networks import network_mode
+from cifixer_exec.backends.docker_local.stream import RefusedError, dial_exec
+from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy, translate
 from cifixer_exec.channel.transport import Dial, Transport
 from cifixer_exec.errors import (
     BackendError,
@@ -42,13 +46,14 @@ from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, 
 
 SANDBOX_ID, PLACEMENT, NAMESPACE = "cifixer.sandbox_id", "cifixer.placement", "cifixer.namespace"
 EXPIRES_AT, CREATED_AT, SET_AT = "cifixer.expires_at", "cifixer.created_at", "cifixer.set_at"
+#: Whoever can read it controls the daemon anyway.
+TOKEN = "cifixer.token"  # noqa: S105  # its name
 #: A daemon gets slower, not faster, with more containers in the making at once.
 MOST_CREATIONS = 16
 #: How often a removal that another has begun, or a name that was just taken, is looked at again.
 _TRIES, _PAUSE_S = 50, 0.1
 #: What nobody owns any more is removed by whoever makes the next sandbox: so long after its end, looking so often.
 LITTER_AGE_S, LITTER_PAUSE_S, LITTER_MOST = 60.0, 30.0, 5
-_KILLED, _EXPIRED = 137, 3
 
 _creations = threading.BoundedSemaphore(MOST_CREATIONS)
 _littering = threading.Lock()
@@ -61,8 +66,12 @@ class DockerOptions:
 
     image: str = images.DEFAULT_IMAGE
     runtime: str = ""
-    network: str = "bridge"
+    #: Another network for the policy "bridge"; empty: one of ours (networks.py).
+    network: str = ""
+    #: What is written outside of the sandbox's disk is on the daemon's, and no limit holds for it.
     writable_root: bool = False
+    #: For package managers: commands are root, with :data:`layout.ROOT_CAPABILITIES` and a writable root.
+    commands_as_root: bool = False
 
 
 class DockerBackend(Backend):
@@ -93,8 +102,12 @@ class DockerBackend(Backend):
             cpus=facts.cpus,
             disk=True,
             max_processes=True,
-            networks=("none", "bridge") if self._options.network in facts.networks else ("none",),
+            networks=("none", "internal", "bridge") if facts.bridges else ("none",),
         )
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        return self._daemon.breaker.state
 
     def remedy_for(self, name: str) -> str:
         if name == "readonly_paths":
@@ -125,26 +138,38 @@ class DockerBackend(Backend):
 
     def create(self, spec: SandboxSpec) -> SandboxHandle:
         self.check(spec)
-        handle = SandboxHandle(backend=self.name, sandbox_id=check_id(spec.sandbox_id, "sandbox id"), placement=self.placement, data={})
+        check_id(spec.sandbox_id, "sandbox id")
         self._remove_litter()
         with _creations:
             for _ in range(_TRIES):
                 found = self._find(spec.sandbox_id)
                 if found is None:
-                    if self._make(spec):
-                        return handle
+                    token = secrets.token_hex(32) if self._options.commands_as_root else ""
+                    if self._make(spec, token):
+                        return self._handle(spec.sandbox_id, token)
                 elif self._adopt(found, spec.sandbox_id):
-                    return handle
+                    return self._handle(spec.sandbox_id, found["Config"]["Labels"].get(TOKEN, ""))
                 time.sleep(_PAUSE_S)
         raise SandboxStartError(f"the container {self._container(spec.sandbox_id)!r} is made and removed by others all the time: try again")
+
+    def token(self, handle: SandboxHandle) -> str:
+        return str(handle.data.get("token", ""))
 
     def dial(self, handle: SandboxHandle) -> Dial:
         daemon, container = self._daemon, self._container(handle.sandbox_id)
 
         async def dial() -> Transport:
-            version = await _in_thread(lambda: daemon.facts.api_version)
+            if daemon.breaker.state is not BreakerState.CLOSED:
+                await asyncio.to_thread(daemon.breaker.check)
+            version = (await asyncio.to_thread(lambda: daemon.facts)).api_version
             user, command = layout.BRIDGE_USER, layout.BRIDGE
-            return await dial_exec(daemon.endpoint, api_version=version, container=container, user=user, command=command)
+            try:
+                return await dial_exec(daemon.endpoint, api_version=version, container=container, user=user, command=command)
+            except RefusedError:
+                raise  # it has answered; what of the container is for inspect to say
+            except OSError as error:
+                daemon.heard(error)
+                raise
 
         return dial
 
@@ -162,7 +187,7 @@ class DockerBackend(Backend):
         state = found["State"]
         if state.get("Running") and not state.get("Dead"):
             return Inspection(alive=True)
-        return Inspection(alive=False, cause=self._cause_of_death(found))
+        return Inspection(alive=False, cause=cause_of_death(self._daemon, found))
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
         found = self._find(handle.sandbox_id)
@@ -171,13 +196,13 @@ class DockerBackend(Backend):
         now = time.time_ns()
         labels = self._labels(handle.sandbox_id) | {EXPIRES_AT: f"{expires_at_s:.3f}", SET_AT: str(now)}
         name = f"cifixer-expiry-{self._seal(handle.sandbox_id)}-{now}"
-        with translated(f"moving the deadline of sandbox {handle.sandbox_id!r}"):
+        with self._daemon.asked(f"moving the deadline of sandbox {handle.sandbox_id!r}"):
             self._api.create_volume(name, labels=labels)
         self._forget_expiry(handle.sandbox_id, before_ns=now)
 
     def list_owned(self) -> Sequence[Owned]:
         wanted = {"label": [f"{NAMESPACE}={self._namespace}", SANDBOX_ID]}
-        with translated("listing its containers"):
+        with self._daemon.asked("listing its containers"):
             containers = self._api.containers(all=True, filters=wanted)
             expiries = self._api.volumes(filters=wanted).get("Volumes") or []
         set_last: dict[str, Mapping[str, str]] = {}
@@ -189,14 +214,17 @@ class DockerBackend(Backend):
             sandbox_id = labels[SANDBOX_ID]
             created = _number(labels.get(CREATED_AT), float(container["Created"]))
             expires = _number(set_last.pop(sandbox_id, labels).get(EXPIRES_AT), created)
-            found[sandbox_id] = self._owned(sandbox_id, created, expires)
+            found[sandbox_id] = self._owned(sandbox_id, created, expires, labels.get(TOKEN, ""))
         for sandbox_id, labels in set_last.items():  # their containers were removed by somebody else
             found[sandbox_id] = self._owned(sandbox_id, _number(labels.get(SET_AT), 0.0) / 1e9, 0.0)
         return list(found.values())
 
-    def _owned(self, sandbox_id: str, created_at_s: float, expires_at_s: float) -> Owned:
-        handle = SandboxHandle(backend=self.name, sandbox_id=sandbox_id, placement=self.placement, data={})
-        return Owned(handle=handle, created_at_s=created_at_s, expires_at_s=expires_at_s)
+    def _owned(self, sandbox_id: str, created_at_s: float, expires_at_s: float, token: str = "") -> Owned:
+        return Owned(handle=self._handle(sandbox_id, token), created_at_s=created_at_s, expires_at_s=expires_at_s)
+
+    def _handle(self, sandbox_id: str, token: str) -> SandboxHandle:
+        data = {"token": token} if token else {}
+        return SandboxHandle(backend=self.name, sandbox_id=sandbox_id, placement=self.placement, data=data)
 
     @property
     def _daemon(self) -> Daemon:
@@ -216,7 +244,7 @@ class DockerBackend(Backend):
         return {SANDBOX_ID: sandbox_id, PLACEMENT: self.placement, NAMESPACE: self._namespace}
 
     def _find(self, sandbox_id: str) -> dict[str, Any] | None:
-        with translated(f"looking for sandbox {sandbox_id!r}"):
+        with self._daemon.asked(f"looking for sandbox {sandbox_id!r}"):
             try:
                 return dict(self._api.inspect_container(self._container(sandbox_id)))
             except NotFound:
@@ -244,8 +272,8 @@ class DockerBackend(Backend):
         self._remove(str(found["Id"]))
         return False
 
-    def _make(self, spec: SandboxSpec) -> bool:
-        """False when another took the name meanwhile."""
+    def _make(self, spec: SandboxSpec, token: str) -> bool:
+        """False when another took the name meanwhile. With a ``token``, commands are root."""
         name = self._container(spec.sandbox_id)
         image = images.prepared_image(self._daemon, spec.image or self._options.image)
         facts, options = self._daemon.facts, self._options
@@ -257,14 +285,15 @@ class DockerBackend(Backend):
             memory=facts.memory,
             cpus=facts.cpus,
             processes=facts.max_processes,
-            network_mode=options.network if spec.network == "bridge" else "none",
+            network_mode=network_mode(self._daemon, spec.network, options.network),
             runtime=options.runtime,
-            read_only=not options.writable_root,
+            read_only=not (options.writable_root or token),
+            as_root=bool(token),
         )
         now = self._clock()
         labels = dict(spec.labels) | self._labels(spec.sandbox_id)
-        labels |= {CREATED_AT: f"{now:.3f}", EXPIRES_AT: f"{now + spec.lifetime_s:.3f}"}
-        uid = layout.user_id(spec.sandbox_id, few_ids=facts.few_ids)
+        labels |= {CREATED_AT: f"{now:.3f}", EXPIRES_AT: f"{now + spec.lifetime_s:.3f}"} | ({TOKEN: token} if token else {})
+        uid = layout.ROOT if token else layout.user_id(spec.sandbox_id, few_ids=facts.few_ids)
         try:
             self._forget_expiry(spec.sandbox_id)
             try:
@@ -272,11 +301,13 @@ class DockerBackend(Backend):
                     image,
                     command=layout.serve_command(spec, uid=uid),
                     entrypoint=[layout.RUNNER],
+                    environment={layout.TOKEN: token, "USER": "root", "LOGNAME": "root"} if token else None,
                     host_config=self._api.create_host_config(**host),
                     hostname="sandbox",
                     labels=labels,
                     name=name,
                     user=layout.BRIDGE_USER,
+                    stop_signal="SIGKILL",  # the runner as PID 1 heeds no other: a stop, and the end of the daemon, would wait for nothing
                     working_dir="/",
                 )
             except APIError as error:
@@ -285,8 +316,10 @@ class DockerBackend(Backend):
                 raise
             self._start(str(made["Id"]))
         except VENDOR_ERRORS as error:
+            ours = _start_error(error, spec.sandbox_id)
+            self._daemon.heard(ours)
             self._remove_quietly(spec.sandbox_id)
-            raise _start_error(error, spec.sandbox_id) from None
+            raise ours from None
         except BaseException:
             self._remove_quietly(spec.sandbox_id)
             raise
@@ -296,11 +329,11 @@ class DockerBackend(Backend):
         self._api.start(container)
         found = self._api.inspect_container(container)
         if not found["State"].get("Running"):
-            raise SandboxStartError(f"the container ended at once: {self._cause_of_death(found)}")
+            raise SandboxStartError(f"the container ended at once: {cause_of_death(self._daemon, found)}")
 
     def _remove(self, container: str) -> None:
         """Kill and remove it, and wait until its name is free."""
-        with translated(f"removing the container {container[:12]}"):
+        with self._daemon.asked(f"removing the container {container[:12]}"):
             for _ in range(_TRIES):
                 try:
                     self._api.remove_container(container, force=True, v=True)
@@ -321,30 +354,11 @@ class DockerBackend(Backend):
 
     def _forget_expiry(self, sandbox_id: str, before_ns: int | None = None) -> None:
         wanted = {"label": [f"{NAMESPACE}={self._namespace}", f"{SANDBOX_ID}={sandbox_id}"]}
-        with translated(f"forgetting the deadline of sandbox {sandbox_id!r}"):
+        with self._daemon.asked(f"forgetting the deadline of sandbox {sandbox_id!r}"):
             for volume in self._api.volumes(filters=wanted).get("Volumes") or []:
                 if before_ns is None or int(volume["Labels"].get(SET_AT, "0")) < before_ns:
                     with suppress(NotFound):
                         self._api.remove_volume(volume["Name"])
-
-    def _cause_of_death(self, found: Mapping[str, Any]) -> str:
-        state = found["State"]
-        code = int(state.get("ExitCode") or 0)
-        if state.get("Status") == "created":
-            return f"its container was never started{': ' if state.get('Error') else ''}{state.get('Error') or ''}"
-        if code == _EXPIRED:
-            return "its lifetime ended"
-        if state.get("OOMKilled"):
-            return "out of memory: the kernel killed its init"
-        if code == _KILLED:
-            return "its container was killed from outside"
-        said = str(state.get("Error") or "") or self._last_words(str(found["Id"]))
-        return f"its container ended with exit code {code}" + (f": {said}" if said else "")
-
-    def _last_words(self, container: str) -> str:
-        with suppress(*VENDOR_ERRORS):
-            return bytes(self._api.logs(container, tail=5)).decode("utf-8", "replace").strip()[-1500:]
-        return ""
 
     def _remove_litter(self) -> None:
         """Remove what crashed clients left: their sandboxes ended by themselves, but containers stay. Never raises."""
@@ -358,13 +372,6 @@ class DockerBackend(Backend):
             for owned in old[:LITTER_MOST]:
                 if not self.inspect(owned.handle).alive:
                     self.destroy(owned.handle)
-
-
-async def _in_thread(ask: Callable[[], str]) -> str:
-    try:
-        return await asyncio.to_thread(ask)
-    except BackendError as error:
-        raise ConnectionError(str(error)) from None
 
 
 def _start_error(error: Exception, sandbox_id: str) -> ExecutorError:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -18,13 +21,16 @@ from urllib.parse import urlsplit
 import docker
 from docker.tls import TLSConfig
 
+from cifixer_exec.backends.breaker import Breaker
 from cifixer_exec.backends.docker_local.stream import Endpoint, SshEndpoint, TcpEndpoint, UnixEndpoint
 from cifixer_exec.backends.docker_local.vendor_errors import translated
-from cifixer_exec.errors import InvalidRequestError
+from cifixer_exec.errors import BackendUnavailableError, CircuitOpenError, ExecutorError, InvalidRequestError
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 #: Of one request; a pull is many small answers.
 REQUEST_TIMEOUT_S = 60.0
+#: Of the one that finds out whether the daemon answers at all.
+PROBE_TIMEOUT_S = 5.0
 #: Kept open for the next request; more than these at once are made and closed again.
 POOL_SIZE = 64
 
@@ -50,7 +56,8 @@ class Facts:
     memory: bool
     cpus: bool
     max_processes: bool
-    networks: tuple[str, ...]
+    #: Whether it can make networks of its own.
+    bridges: bool
     runtimes: tuple[str, ...]
     #: Only 65,536 user ids exist in its containers.
     few_ids: bool
@@ -68,8 +75,48 @@ class Daemon:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self.breaker = Breaker(f"the Docker daemon at {address.host or DEFAULT_SOCKET}", self.ping)
         self._making = threading.Lock()
         self._known: Facts | None = None
+        self._failed_at_s = float("-inf")
+
+    @contextmanager
+    def asked(self, doing: str) -> Iterator[None]:
+        """Around requests: only errors of this package come out, and the breaker learns from them. ``doing`` completes "while …".
+
+        Raises:
+            CircuitOpenError: the daemon has not answered for a while, so it is not asked.
+        """
+        self.breaker.check()
+        try:
+            with translated(doing):
+                yield
+        except ExecutorError as error:
+            self.heard(error)
+            raise
+        self.breaker.succeeded()
+
+    def heard(self, error: Exception) -> None:
+        """Tell the breaker what came instead of the wanted answer: a refusal, or nothing."""
+        if isinstance(error, CircuitOpenError):
+            return
+        if isinstance(error, OSError | BackendUnavailableError):
+            self._failed_at_s = time.time()
+            self.breaker.failed(str(error))
+        else:
+            self.breaker.succeeded()
+
+    def ping(self) -> None:
+        """Raises BackendUnavailableError when the daemon does not answer soon."""
+        version = (
+            self._known.api_version if self._known is not None else "auto"
+        )  # "auto" asks, and a client that cannot leaves its socket open
+        with translated("asking whether it is there"), closing(self._client(PROBE_TIMEOUT_S, version)) as client:
+            client.ping()
+
+    def was_away(self, since_s: float) -> bool:
+        """Whether, after the Unix time ``since_s``, a request of this process was not answered."""
+        return self._failed_at_s >= since_s
 
     @cached_property
     def endpoint(self) -> Endpoint:
@@ -96,25 +143,28 @@ class Daemon:
 
     @cached_property
     def _api(self) -> Any:
-        endpoint = self.endpoint
         with translated("connecting"):
-            return _Client(
-                base_url=self.address.host or f"unix://{DEFAULT_SOCKET}",
-                version="auto",
-                timeout=REQUEST_TIMEOUT_S,
-                tls=self._tls_config() if isinstance(endpoint, TcpEndpoint) and self.address.cert_path else False,
-                use_ssh_client=True,
-                max_pool_size=POOL_SIZE,
-            )
+            return self._client(REQUEST_TIMEOUT_S)
+
+    def _client(self, timeout_s: float, version: str = "auto") -> Any:
+        return _Client(
+            base_url=self.address.host or f"unix://{DEFAULT_SOCKET}",
+            version=version,
+            timeout=timeout_s,
+            tls=self._tls_config() if isinstance(self.endpoint, TcpEndpoint) and self.address.cert_path else False,
+            use_ssh_client=True,
+            max_pool_size=POOL_SIZE,
+        )
 
     @property
     def facts(self) -> Facts:
         """Raises BackendUnavailableError when the daemon does not answer."""
-        api = self.api
-        with self._making:
-            if self._known is None:
-                with translated("asking for its facts"):
-                    self._known = _facts(api)
+        if (known := self._known) is not None:
+            return known
+        with self.asked("asking for its facts"):
+            api = self.api
+            with self._making:
+                self._known = self._known or _facts(api)
             return self._known
 
     def _tls_config(self) -> TLSConfig:
@@ -150,7 +200,6 @@ def daemon_at(address: Address) -> Daemon:
 
 def _facts(api: Any) -> Facts:
     info = api.info()
-    networks = tuple(str(n["Name"]) for n in api.networks())
     security = " ".join(info.get("SecurityOptions") or [])
     name = "".join(c for c in str(info.get("Name", "")).split(".")[0] if c.isalnum() or c == "-")[:40] or "docker"
     return Facts(
@@ -160,7 +209,7 @@ def _facts(api: Any) -> Facts:
         memory=bool(info.get("MemoryLimit")),
         cpus=bool(info.get("CpuCfsQuota")),
         max_processes=bool(info.get("PidsLimit")),
-        networks=networks,
+        bridges="bridge" in ((info.get("Plugins") or {}).get("Network") or ()),
         runtimes=tuple(info.get("Runtimes") or ()),
         few_ids="name=userns" in security or "name=rootless" in security,
     )

@@ -22,7 +22,7 @@ from docker.errors import APIError, NotFound
 
 from cifixer_exec.backends.docker_local import layout
 from cifixer_exec.backends.docker_local.daemon import Daemon
-from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy, translated
+from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.errors import SandboxStartError
 
@@ -47,7 +47,7 @@ def prepared_image(daemon: Daemon, reference: str) -> str:
     Raises:
         SandboxStartError: it is not there and cannot be pulled, or is for another machine. BackendUnavailableError.
     """
-    with translated(f"looking for the image {reference!r}"):
+    with daemon.asked(f"looking for the image {reference!r}"):
         base = _find(daemon, reference)
         if base is None:
             with _alone:
@@ -62,7 +62,7 @@ def prepared_image(daemon: Daemon, reference: str) -> str:
 
 def is_there(daemon: Daemon, reference: str) -> bool:
     """Whether nothing needs to be pulled."""
-    with translated(f"looking for the image {reference!r}"):
+    with daemon.asked(f"looking for the image {reference!r}"):
         return _find(daemon, reference) is not None
 
 

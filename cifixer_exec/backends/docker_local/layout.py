@@ -36,6 +36,11 @@ _SHM_BYTES = 256 * MIB
 _MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 #: To become the sandbox's user and give it its directories; the runner has none of them left when it starts a command.
 CAPABILITIES = ["CHOWN", "SETGID", "SETUID"]
+#: What apt, dnf, apk, pip and npm need as root: files of any owner, their own unprivileged user, and for the runner to end such processes.
+ROOT_CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"]
+#: The variable that the runner takes its secret from (and out of its environment) where commands can reach its socket.
+TOKEN = "CIFIXER_TOKEN"  # noqa: S105  # its name
+ROOT = 0
 
 BRIDGE = [RUNNER, "bridge", "--socket", SOCKET]
 #: Who runs the bridge: not the sandbox's user, whose processes could stop, trace or kill it.
@@ -52,11 +57,13 @@ def user_id(sandbox_id: str, *, few_ids: bool) -> int:
 
 
 def serve_command(spec: SandboxSpec, *, uid: int) -> list[str]:
-    """The arguments of the runner as PID 1."""
+    """The arguments of the runner as PID 1. ``uid`` :data:`ROOT`: commands keep what the container may do."""
     command = ["serve", "--socket", SOCKET, "--keep-socket", "--spool", SPOOL, "--volatile-spool", "--disk", DISK]
     command += ["--workspace", WORKSPACE, "--user", f"{uid}:{uid}", "--account", f"{IMAGE_PASSWD}:{PASSWD}"]
     for root in (WORKSPACE, TMP, HOME):
         command += ["--allow-root", root]
+    if uid == ROOT:
+        command += ["--keep-capabilities", "--token-env", TOKEN]
     return [
         *command,
         *("--max-processes", str(int(spec.max_processes or DEFAULT_MAX_PROCESSES))),
@@ -87,7 +94,7 @@ def tmpfs(spec: SandboxSpec) -> dict[str, str]:
 
 
 def host_config(
-    spec: SandboxSpec, *, memory: bool, cpus: bool, processes: bool, network_mode: str, runtime: str, read_only: bool
+    spec: SandboxSpec, *, memory: bool, cpus: bool, processes: bool, network_mode: str, runtime: str, read_only: bool, as_root: bool
 ) -> dict[str, Any]:
     """Arguments of docker-py's ``create_host_config``. ``memory``, ``cpus`` and ``processes``: whether the daemon can limit them."""
     limits: dict[str, Any] = {}
@@ -102,7 +109,7 @@ def host_config(
         **limits,
         "auto_remove": False,  # it would take the cause of death along
         "cap_drop": ["ALL"],
-        "cap_add": CAPABILITIES,
+        "cap_add": ROOT_CAPABILITIES if as_root else CAPABILITIES,
         "init": False,  # an init such as tini would die of a hostile `kill -9 -1`, and the container with it
         "ipc_mode": "private",
         "log_config": {"type": "json-file", "config": {"max-size": "64k", "max-file": "1"}},

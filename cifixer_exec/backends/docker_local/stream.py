@@ -106,6 +106,10 @@ class SshEndpoint:
         return ProcessLink(process.stdout, process.stdin, process)
 
 
+class RefusedError(ConnectionError):
+    """The daemon has answered, and not with a stream."""
+
+
 class FrameSplitter:
     """Takes the daemon's frames apart, wherever the reads cut them."""
 
@@ -218,7 +222,7 @@ async def _post(link: Link, path: str, document: object, headers: Mapping[str, s
     content = await _content(link.reader, answer)
     data = json.loads(content) if content else {}
     if status not in wanted:
-        raise ConnectionError(f"the Docker daemon refused the channel ({status}): {data.get('message', '')}")
+        raise RefusedError(f"the Docker daemon refused the channel ({status}): {data.get('message', '')}")
     return dict(data)
 
 
