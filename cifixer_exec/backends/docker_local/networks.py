@@ -5,7 +5,8 @@
               nothing outside of it.
 ``bridge``    all that the daemon's host can reach, but no other sandbox; or whatever the network does that the operator names instead.
 
-Both networks are made when they are first wanted and stay, like an image: one of each per daemon.
+Both networks are made when they are first wanted and stay, like an image: one of each per daemon. A daemon keeps these promises with packet
+filters, so one that runs with ``--iptables=false`` does not; and no filter of its keeps containers from the ports of its own host.
 """
 
 from __future__ import annotations

@@ -1,0 +1,205 @@
+"""What is only allowed when it is asked for: networks, and commands that are root."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import docker
+import pytest
+
+from cifixer_exec import AppConfig, InvalidRequestError, SandboxEnvironment, SandboxStartError, Status, create_sandbox
+from cifixer_exec import attach as attach_to
+from cifixer_exec.backends.docker_local import layout
+from cifixer_exec.backends.docker_local.networks import BRIDGE, INTERNAL
+from tests.support.contract_stack import check_daemon
+from tests.support.docker_daemon import docker_host, image_for_tests, left_on_daemon
+
+Make = Callable[..., SandboxEnvironment]
+FETCH = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=3).read().decode())"
+
+
+@pytest.fixture(scope="module")
+def host() -> str:
+    check_daemon("docker_local")
+    return docker_host()
+
+
+@pytest.fixture(scope="module")
+def api(host: str) -> Iterator[Any]:
+    client = docker.APIClient(base_url=host, version="auto", timeout=60)
+    yield client
+    for name in (BRIDGE, INTERNAL):
+        with suppress(docker.errors.APIError):
+            client.remove_network(name)
+    client.close()
+
+
+@pytest.fixture
+def make(host: str, api: Any, namespace: str) -> Iterator[Make]:
+    made = []
+
+    def create(**settings: Any) -> SandboxEnvironment:
+        config = AppConfig(
+            execution_backend="docker_local",
+            dispatch="direct",
+            docker_host=host,
+            image=image_for_tests(host),
+            namespace=namespace,
+            **{"memory_bytes": 256 << 20, **settings},
+        )
+        made.append(create_sandbox(config))
+        made[-1].init()
+        return made[-1]
+
+    yield create
+    for sandbox in made:
+        sandbox.teardown()
+    assert left_on_daemon(namespace) == []
+
+
+@contextmanager
+def web_server(address: str) -> Iterator[str]:
+    """On the daemon's host; answers everything with its greeting."""
+
+    class Greeting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello from the host")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer((address, 0), Greeting)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://{address}:{server.server_port}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def gateway(api: Any, network: str) -> str:
+    return str(api.inspect_network(network)["IPAM"]["Config"][0]["Gateway"])
+
+
+def interfaces(sandbox: SandboxEnvironment) -> list[str]:
+    return sorted(sandbox.run_command("ls /sys/class/net").text.split())
+
+
+def test_by_default_there_is_no_network_at_all(make: Make) -> None:
+    assert interfaces(make()) == ["lo"]
+
+
+def test_a_bridge_reaches_the_host(make: Make, api: Any) -> None:
+    sandbox = make(network="bridge")
+    assert "eth0" in interfaces(sandbox)
+    with web_server(gateway(api, BRIDGE)) as url:
+        assert sandbox.run_command(["python3", "-c", FETCH, url]).text == "hello from the host\n"
+
+
+def test_sandboxes_on_the_bridge_are_kept_from_each_other(make: Make, api: Any) -> None:
+    """The daemon does that with packet filters: with --iptables=false, as tests run it, only the setting can be seen."""
+    make(network="bridge")
+    assert api.inspect_network(BRIDGE)["Options"]["com.docker.network.bridge.enable_icc"] == "false"
+
+
+def test_the_internal_network_has_no_way_out(make: Make, api: Any) -> None:
+    """That, too, the daemon does with packet filters."""
+    assert "eth0" in interfaces(make(network="internal"))
+    assert api.inspect_network(INTERNAL)["Internal"] is True
+
+
+def test_a_network_of_that_name_that_is_not_internal_is_refused(make: Make, api: Any) -> None:
+    with suppress(docker.errors.NotFound):
+        api.remove_network(INTERNAL)
+    api.create_network(INTERNAL, driver="bridge")
+    try:
+        with pytest.raises(SandboxStartError, match=f"docker network rm {INTERNAL}"):
+            make(network="internal")
+    finally:
+        api.remove_network(INTERNAL)
+
+
+def test_a_network_that_is_not_there_is_named_with_the_remedy(make: Make) -> None:
+    with pytest.raises(SandboxStartError, match="docker network create no-such-network"):
+        make(network="bridge", docker_network="no-such-network")
+
+
+def test_another_network_can_be_named(make: Make, api: Any, namespace: str) -> None:
+    api.create_network(namespace, driver="bridge")
+    try:
+        sandbox = make(network="bridge", docker_network=namespace)
+        with web_server(gateway(api, namespace)) as url:
+            assert sandbox.run_command(["python3", "-c", FETCH, url]).ok
+        sandbox.teardown()
+    finally:
+        api.remove_network(namespace)
+
+
+def test_the_hosts_own_network_is_not_to_be_had(make: Make) -> None:
+    with pytest.raises(InvalidRequestError, match="none, internal, bridge"):
+        make(network="host")
+
+
+AS_ROOT = """
+set -e
+id -u; touch /usr/made; mkdir -p /opt/made; chown 1234:1234 /opt/made
+python3 -c 'import os; os.setgid(1234); os.setuid(1234); open("/opt/made/by-another", "w")'
+stat -c %u /opt/made/by-another
+grep CapEff /proc/self/status
+"""
+
+
+def test_as_root_commands_can_do_what_package_managers_do(make: Make) -> None:
+    result = make(docker_commands_as_root=True).run_command(AS_ROOT)
+    assert result.ok, result.stderr_text
+    uid, owner, _, capabilities = result.text.split()
+    assert (uid, owner) == ("0", "1234")
+    assert int(capabilities, 16).bit_count() == len(layout.ROOT_CAPABILITIES)
+
+
+def test_without_being_asked_commands_are_not_root(make: Make) -> None:
+    result = make().run_command("id -u; touch /usr/made; grep -E 'Cap(Eff|Prm|Bnd)' /proc/self/status")
+    assert int(result.text.split()[0]) != 0
+    assert "Read-only file system" in result.stderr_text or "Permission denied" in result.stderr_text
+    assert result.text.splitlines()[1:3] == ["CapPrm:\t" + "0" * 16, "CapEff:\t" + "0" * 16]
+
+
+def test_processes_of_other_users_end_with_their_command(make: Make) -> None:
+    sandbox = make(docker_commands_as_root=True)
+    become = "import os, time; os.setsid(); os.setgid(1234); os.setuid(1234); time.sleep(1000)"
+    result = sandbox.run_command(["sh", "-c", f"python3 -c '{become}' & sleep 1000"], timeout_s=2)
+    assert result.status is Status.TIMED_OUT
+    assert "1234" not in sandbox.run_command("for p in /proc/[0-9]*; do stat -c %u $p; done").text.split()
+
+
+def test_even_root_cannot_speak_for_the_runner(make: Make) -> None:
+    """It reaches the socket, so there is a secret; and neither the environment nor the memory of the runner can be read for it."""
+    sandbox = make(docker_commands_as_root=True)
+    assert not sandbox.run_command("cat /proc/1/environ").ok
+    assert not sandbox.run_command("head -c 1 /proc/1/mem").ok
+    assert sandbox.run_command("cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c CIFIXER_TOKEN || true").text == "0\n"
+    assert not sandbox.run_command("kill -9 1; sleep 0.2; env | grep CIFIXER").ok
+    assert sandbox.run_command("echo alive").text == "alive\n"
+
+
+def test_a_sandbox_with_root_can_be_attached_to(make: Make, host: str, namespace: str) -> None:
+    sandbox = make(docker_commands_as_root=True)
+    sandbox.write_file("file", b"content")
+    config = AppConfig(execution_backend="docker_local", dispatch="direct", docker_host=host, namespace=namespace)
+    with_secret = attach_to(sandbox.sandbox_id, config)
+    assert with_secret.read_file("file") == b"content"
+    with_secret.close()
+
+
+def test_a_writable_root_is_for_those_who_ask(make: Make) -> None:
+    assert make(docker_writable_root=True).run_command("id -u").text != "0\n"
+    with pytest.raises(AssertionError):
+        assert make().run_command("echo x > /var/lib/made").ok
