@@ -57,7 +57,7 @@ class Platform:
 
 
 async def outcome(channel: Channel, *, timeout_s: float | None = 60.0) -> tuple[bytes, ExecRecord]:
-    pieces = []
+    pieces: list[bytes] = []
     async for item in channel.run("op", Command(argv=("true",), timeout_s=timeout_s, grace_s=0.0)):
         if isinstance(item, ExecRecord):
             return b"".join(pieces), item

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from docker.errors import APIError, NotFound
+from docker.errors import APIError, ImageNotFound, NotFound
 
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.backends.breaker import BreakerState
@@ -310,6 +310,8 @@ class DockerBackend(Backend):
                     stop_signal="SIGKILL",  # the runner as PID 1 heeds no other: a stop, and the end of the daemon, would wait for nothing
                     working_dir="/",
                 )
+            except ImageNotFound:  # a newer version of us has just replaced it
+                return False
             except APIError as error:
                 if error.status_code == 409:
                     return False

@@ -38,7 +38,15 @@ _PREPARING_S = 600.0
 _PROGRESS_S = 5.0
 _MAX_PASSWD_BYTES = 512 * 1024
 
-_alone = threading.Lock()
+#: A prepared image that a newer one of the same reference has replaced so long ago is no worker's any more.
+REPLACED_S = 86_400.0
+
+_locks: dict[str, threading.Lock] = {}
+
+
+def _alone(what: str) -> threading.Lock:
+    """One pull or preparation of the same thing at a time in this process; different ones do not wait for each other."""
+    return _locks.setdefault(what, threading.Lock())
 
 
 def prepared_image(daemon: Daemon, reference: str) -> str:
@@ -50,11 +58,11 @@ def prepared_image(daemon: Daemon, reference: str) -> str:
     with daemon.asked(f"looking for the image {reference!r}"):
         base = _find(daemon, reference)
         if base is None:
-            with _alone:
+            with _alone(reference):
                 base = _find(daemon, reference) or _pull(daemon, reference)
         name = _name_for(base)
         if _find(daemon, name) is None:
-            with _alone:
+            with _alone(name):
                 if _find(daemon, name) is None:
                     _prepare(daemon, reference, base, name)
         return name
@@ -135,6 +143,7 @@ def _prepare(daemon: Daemon, reference: str, base: dict[str, Any], name: str) ->
         api.put_archive(made["Id"], "/", _packed([(_member(layout.IMAGE_PASSWD, mode=0o644, size=len(users)), users)]))
         repository, _, tag = name.partition(":")
         api.commit(made["Id"], repository=repository, tag=tag, conf={"Labels": {PREPARING: ""}}, pause=False)
+        _remove_replaced(api, reference, name)
     except VENDOR_ERRORS as error:
         raise SandboxStartError(
             f"the image {reference!r} could not be prepared: {explanation(error)}", remedy(explanation(error))
@@ -142,6 +151,14 @@ def _prepare(daemon: Daemon, reference: str, base: dict[str, Any], name: str) ->
     finally:
         with suppress(*VENDOR_ERRORS):
             api.remove_container(made["Id"], force=True, v=True)
+
+
+def _remove_replaced(api: Any, reference: str, name: str) -> None:
+    """What was prepared for the same reference before, by another version of us or of the image; the daemon keeps what is in use."""
+    for found in api.images(name=REPOSITORY, filters={"label": f"{BASE}={reference}"}):
+        if name not in (found.get("RepoTags") or ()) and time.time() - float(found["Created"]) > REPLACED_S:
+            with suppress(APIError):
+                api.remove_image(found["Id"])
 
 
 def _remove_old(api: Any) -> None:
