@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -339,3 +341,54 @@ def test_a_daemon_at_a_tcp_port_works_the_same(host: str, namespace: str, tmp_pa
             assert len(sandbox.run_command("head -c 9000000 /dev/zero").stdout) == 9_000_000
         daemon_at(Address(host=config.docker_host, cert_path=config.docker_cert_path)).api.close()
     assert left_on_daemon(namespace) == []
+
+
+#: Does what `ssh HOST docker system dial-stdio` does, and writes down what it was asked for.
+SSH = """#!{python}
+import os, socket, sys, threading
+open({asked!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
+daemon = socket.socket(socket.AF_UNIX)
+daemon.connect({socket!r})
+def copy(read, write):
+    while data := read():
+        write(data)
+def there():
+    copy(lambda: os.read(0, 65536), daemon.sendall)
+    daemon.shutdown(socket.SHUT_WR)
+threading.Thread(target=there, daemon=True).start()
+copy(lambda: daemon.recv(65536), lambda data: sys.stdout.buffer.write(data) and sys.stdout.buffer.flush())
+"""
+
+
+def test_a_daemon_behind_ssh_works_the_same(host: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    program = tmp_path / "ssh"
+    program.write_text(SSH.format(python=sys.executable, asked=str(asked), socket=host.removeprefix("unix://")))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    config = AppConfig(
+        execution_backend="docker_local",
+        dispatch="direct",
+        docker_host="ssh://someone@far.example:2222",
+        image=image_for_tests(host),
+        namespace=namespace,
+    )
+    with create_sandbox(config) as sandbox:
+        data = bytes(range(256)) * 20_000
+        sandbox.write_file("file", data)
+        assert sandbox.read_file("file") == data
+    daemon = daemon_at(Address(host=config.docker_host))
+    daemon.api.close()
+    assert set(asked.read_text().splitlines()) == {"-o BatchMode=yes -p 2222 -- someone@far.example docker system dial-stdio"}
+    assert left_on_daemon(namespace) == []
+
+
+@LEAKS
+def test_an_ssh_that_cannot_log_in_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ssh"
+    program.write_text("#!/bin/sh\necho 'Permission denied (publickey).' >&2\nexit 255\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BackendUnavailableError, match="ssh HOST docker version"):
+        DockerBackend(address=Address(host="ssh://nobody-lets-me-in"), namespace="x").list_owned()
+    gc.collect()

@@ -22,7 +22,8 @@ import docker
 from docker.tls import TLSConfig
 
 from cifixer_exec.backends.breaker import Breaker
-from cifixer_exec.backends.docker_local.stream import Endpoint, SshEndpoint, TcpEndpoint, UnixEndpoint
+from cifixer_exec.backends.docker_local.ssh import SshRelay
+from cifixer_exec.backends.docker_local.stream import Endpoint, TcpEndpoint, UnixEndpoint
 from cifixer_exec.backends.docker_local.vendor_errors import translated
 from cifixer_exec.errors import BackendUnavailableError, CircuitOpenError, ExecutorError, InvalidRequestError
 
@@ -132,7 +133,7 @@ class Daemon:
         if parts.scheme in ("tcp", "http", "https") and parts.hostname and port:
             return TcpEndpoint(parts.hostname, port, self._ssl_context(secure=parts.scheme == "https"))
         if parts.scheme == "ssh" and parts.hostname:
-            return SshEndpoint(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, port)
+            return UnixEndpoint(SshRelay(f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname, port).path)
         raise InvalidRequestError(f"docker_host={host!r} is not usable: give unix:///path, tcp://host:port or ssh://user@host")
 
     @property
@@ -147,12 +148,12 @@ class Daemon:
             return self._client(REQUEST_TIMEOUT_S)
 
     def _client(self, timeout_s: float, version: str = "auto") -> Any:
+        endpoint = self.endpoint
         return _Client(
-            base_url=self.address.host or f"unix://{DEFAULT_SOCKET}",
+            base_url=f"unix://{endpoint.path}" if isinstance(endpoint, UnixEndpoint) else self.address.host,
             version=version,
             timeout=timeout_s,
-            tls=self._tls_config() if isinstance(self.endpoint, TcpEndpoint) and self.address.cert_path else False,
-            use_ssh_client=True,
+            tls=self._tls_config() if isinstance(endpoint, TcpEndpoint) and self.address.cert_path else False,
             max_pool_size=POOL_SIZE,
         )
 

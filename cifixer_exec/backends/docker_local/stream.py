@@ -9,7 +9,6 @@ import asyncio
 import json
 import ssl
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -25,7 +24,8 @@ _HEADER_BYTES = 8
 _STDOUT, _STDERR = 1, 2
 
 
-class Link(Protocol):
+@dataclass
+class Link:
     """An open connection to a daemon."""
 
     reader: asyncio.StreamReader
@@ -33,6 +33,7 @@ class Link(Protocol):
 
     def close(self) -> None:
         """At once; idempotent."""
+        self.writer.close()
 
 
 class Endpoint(Protocol):
@@ -42,31 +43,6 @@ class Endpoint(Protocol):
         """A new connection. Raises OSError when nobody answers."""
 
 
-@dataclass
-class SocketLink:
-    """A connection over a socket."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-@dataclass
-class ProcessLink:
-    """A connection over the standard input and output of a process."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    process: asyncio.subprocess.Process
-
-    def close(self) -> None:
-        self.writer.close()
-        with suppress(ProcessLookupError):
-            self.process.kill()
-
-
 @dataclass(frozen=True)
 class UnixEndpoint:
     """A daemon at a Unix socket."""
@@ -74,7 +50,7 @@ class UnixEndpoint:
     path: str
 
     async def open(self) -> Link:
-        return SocketLink(*await asyncio.open_unix_connection(self.path, limit=READ_BYTES))
+        return Link(*await asyncio.open_unix_connection(self.path, limit=READ_BYTES))
 
 
 @dataclass(frozen=True)
@@ -86,24 +62,7 @@ class TcpEndpoint:
     context: ssl.SSLContext | None
 
     async def open(self) -> Link:
-        return SocketLink(*await asyncio.open_connection(self.host, self.port, ssl=self.context, limit=READ_BYTES))
-
-
-@dataclass(frozen=True)
-class SshEndpoint:
-    """A daemon behind an SSH server, by the ssh program and its configuration, as the docker command does it."""
-
-    target: str
-    port: int | None
-
-    async def open(self) -> Link:
-        port = ["-p", str(self.port)] if self.port else []
-        command = ["ssh", "-o", "BatchMode=yes", *port, "--", self.target, "docker", "system", "dial-stdio"]
-        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=null, limit=READ_BYTES)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        return ProcessLink(process.stdout, process.stdin, process)
+        return Link(*await asyncio.open_connection(self.host, self.port, ssl=self.context, limit=READ_BYTES))
 
 
 class RefusedError(ConnectionError):

@@ -27,7 +27,7 @@ _ON_THE_WAY = (
     ("no such file", _START),
     ("connection refused", _START),
     ("certificate", _CERTIFICATES),
-    ("paramiko", "pip install 'docker[ssh]', or forward the socket (ssh -L) and use unix:///path"),
+    ("connection aborted", "it ended the connection at once; over ssh, see that `ssh HOST docker version` works and asks nothing"),
     ("name or service not known", "check the host name in CIFIXER_DOCKER_HOST or DOCKER_HOST"),
 )
 #: What the daemon itself says.
