@@ -16,6 +16,7 @@ from cifixer_exec.errors import InvalidRequestError
 from cifixer_exec.model import MIB, check_env, check_timeout_s
 
 DISPATCH_MODES = ("queue", "direct")
+DOCKER_DISKS = ("memory", "volume")
 
 
 def default_state_dir() -> Path:
@@ -81,6 +82,7 @@ class AppConfig:
     docker_host: str = field(default_factory=lambda: os.environ.get("DOCKER_HOST", ""))
     docker_cert_path: str = field(default_factory=default_docker_cert_path)
     docker_runtime: str = ""
+    docker_disk: str = "memory"
     docker_network: str = ""
     docker_writable_root: bool = False
     docker_commands_as_root: bool = False
@@ -88,6 +90,8 @@ class AppConfig:
     def __post_init__(self) -> None:
         if self.dispatch not in DISPATCH_MODES:
             raise InvalidRequestError(f"dispatch={self.dispatch!r} is not known: take one of {', '.join(DISPATCH_MODES)}")
+        if self.docker_disk not in DOCKER_DISKS:
+            raise InvalidRequestError(f"docker_disk={self.docker_disk!r} is not known: take one of {', '.join(DOCKER_DISKS)}")
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
             raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
         if not self.namespace or any(c in self.namespace for c in "*?[]\\ "):
@@ -203,6 +207,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_DOCKER_HOST": ("docker_host", str),
     "CIFIXER_DOCKER_CERT_PATH": ("docker_cert_path", str),
     "CIFIXER_DOCKER_RUNTIME": ("docker_runtime", str),
+    "CIFIXER_DOCKER_DISK": ("docker_disk", str),
     "CIFIXER_DOCKER_NETWORK": ("docker_network", str),
     "CIFIXER_DOCKER_WRITABLE_ROOT": ("docker_writable_root", _flag),
     "CIFIXER_DOCKER_COMMANDS_AS_ROOT": ("docker_commands_as_root", _flag),

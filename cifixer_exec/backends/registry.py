@@ -37,6 +37,7 @@ def _docker_local(config: AppConfig) -> Backend:
 
     options = DockerOptions(
         runtime=config.docker_runtime,
+        disk=config.docker_disk,
         network=config.docker_network,
         writable_root=config.docker_writable_root,
         commands_as_root=config.docker_commands_as_root,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ import pytest
 
 from cifixer_exec import AppConfig, InvalidRequestError, SandboxEnvironment, SandboxStartError, Status, create_sandbox
 from cifixer_exec import attach as attach_to
-from cifixer_exec.backends.docker_local import layout
+from cifixer_exec.backends.docker_local import Address, DockerBackend, layout
 from cifixer_exec.backends.docker_local.networks import BRIDGE, INTERNAL
 from tests.support.contract_stack import check_daemon
 from tests.support.docker_daemon import docker_host, image_for_tests, left_on_daemon
@@ -203,3 +204,44 @@ def test_a_writable_root_is_for_those_who_ask(make: Make) -> None:
     assert make(docker_writable_root=True).run_command("id -u").text != "0\n"
     with pytest.raises(AssertionError):
         assert make().run_command("echo x > /var/lib/made").ok
+
+
+def test_a_disk_on_a_volume_is_not_memory_and_goes_with_the_sandbox(make: Make, api: Any, namespace: str) -> None:
+    sandbox = make(docker_disk="volume", memory_bytes=64 << 20)
+    fill = "head -c 200000000 /dev/zero > big && cp big $HOME/ && stat -c %s big /tmp /var/tmp"
+    assert sandbox.run_command(fill, timeout_s=60).ok
+    sandbox.extend(500)
+    assert len(api.volumes(filters={"label": f"cifixer.namespace={namespace}/direct"})["Volumes"]) == 2
+    sandbox.teardown()
+    assert left_on_daemon(namespace) == []
+
+
+def test_a_disk_on_a_volume_has_no_size_that_could_be_promised(make: Make) -> None:
+    with pytest.raises(InvalidRequestError, match="disk_bytes"):
+        make(docker_disk="volume", disk_bytes=1 << 30)
+
+
+def test_the_disk_of_a_container_that_was_removed_by_hand_is_reaped(make: Make, host: str, api: Any, namespace: str) -> None:
+    sandbox = make(docker_disk="volume")
+    (container,) = api.containers(filters={"label": f"cifixer.namespace={namespace}/direct"})
+    api.remove_container(container["Id"], force=True)
+    assert [what.split()[0] for what in left_on_daemon(namespace)] == ["volume"]
+    backend = DockerBackend(address=Address(host=host), namespace=f"{namespace}/direct")
+    (owned,) = backend.list_owned()
+    assert (owned.handle.sandbox_id, owned.expires_at_s) == (sandbox.sandbox_id, 0.0)
+    backend.destroy(owned.handle)
+    assert left_on_daemon(namespace) == []
+
+
+def test_the_deadline_is_told_whatever_the_disk_is(make: Make, host: str, namespace: str) -> None:
+    sandbox = make(docker_disk="volume", lifetime_s=500)
+    backend = DockerBackend(address=Address(host=host), namespace=f"{namespace}/direct")
+    deadlines = [backend.list_owned()[0].expires_at_s]
+    sandbox.extend(5000)
+    deadlines.append(backend.list_owned()[0].expires_at_s)
+    assert [round(d - time.time(), -2) for d in deadlines] == [500, 5000]
+
+
+def test_a_disk_of_another_kind_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError, match=r"docker_disk='floppy'.*memory, volume"):
+        AppConfig(docker_disk="floppy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -156,7 +157,9 @@ def _import(client: docker.APIClient, name: str, files: list[str]) -> None:
         out.seek(0)
         repository, _, tag = name.partition(":")
         changes = ["ENV PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"]
-        client.import_image_from_stream(iter(lambda: out.read(1 << 20), b""), repository=repository, tag=tag, changes=changes)
+        answer = client.import_image_from_stream(iter(lambda: out.read(1 << 20), b""), repository=repository, tag=tag, changes=changes)
+        if not client.images(name):  # Podman 4.3 does not heed the tag
+            client.tag(json.loads(answer.splitlines()[-1])["status"].removesuffix("\n"), repository, tag)
 
 
 def _files() -> list[str]:

@@ -5,6 +5,7 @@ Everything that is known of a sandbox is on the daemon, so that any process that
     container  cifixer-<sandbox id>-<hash>        labelled before it starts; its name follows from namespace and sandbox id
     volume     cifixer-expiry-<hash>-<time>       mounted nowhere: its labels carry the deadline that ``extend`` set,
                                                   because a container's own labels cannot be changed. The newest counts
+    volume     cifixer-disk-<hash>                the disk, where that was asked for instead of memory
 
 Workspace, home, /tmp and spool are memory of the container and go with it (layout.py).
 """
@@ -29,7 +30,7 @@ from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.docker_local import images, layout
 from cifixer_exec.backends.docker_local.daemon import Address, Daemon, daemon_at
 from cifixer_exec.backends.docker_local.death import cause_of_death
-from cifixer_exec.backends.docker_local.networks import network_mode
+from cifixer_exec.backends.docker_local.networks import network_mode, possible_networks
 from cifixer_exec.backends.docker_local.stream import RefusedError, dial_exec
 from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy, translate
 from cifixer_exec.channel.transport import Dial, Transport
@@ -66,6 +67,8 @@ class DockerOptions:
 
     image: str = images.DEFAULT_IMAGE
     runtime: str = ""
+    #: "memory": of a true size, and part of the container's memory. "volume": on the daemon's disk, where no limit holds for it.
+    disk: str = "memory"
     #: Another network for the policy "bridge"; empty: one of ours (networks.py).
     network: str = ""
     #: What is written outside of the sandbox's disk is on the daemon's, and no limit holds for it.
@@ -100,9 +103,9 @@ class DockerBackend(Backend):
             images=True,
             memory=facts.memory,
             cpus=facts.cpus,
-            disk=True,
+            disk=self._options.disk == "memory",
             max_processes=True,
-            networks=("none", "internal", "bridge") if facts.bridges else ("none",),
+            networks=possible_networks(facts, self._options.network),
         )
 
     @property
@@ -178,7 +181,7 @@ class DockerBackend(Backend):
         if found is not None:
             self._check_ours(found, handle.sandbox_id)
             self._remove(str(found["Id"]))
-        self._forget_expiry(handle.sandbox_id)
+        self._remove_volumes(handle.sandbox_id)
 
     def inspect(self, handle: SandboxHandle) -> Inspection:
         found = self._find(handle.sandbox_id)
@@ -207,13 +210,14 @@ class DockerBackend(Backend):
             expiries = self._api.volumes(filters=wanted).get("Volumes") or []
         set_last: dict[str, Mapping[str, str]] = {}
         for volume in sorted(expiries, key=lambda v: int(v["Labels"].get(SET_AT, "0"))):
-            set_last[str(volume["Labels"][SANDBOX_ID])] = volume["Labels"]
+            if EXPIRES_AT in volume["Labels"] or volume["Labels"][SANDBOX_ID] not in set_last:
+                set_last[str(volume["Labels"][SANDBOX_ID])] = volume["Labels"]
         found: dict[str, Owned] = {}
         for container in containers:
             labels = container["Labels"]
             sandbox_id = labels[SANDBOX_ID]
             created = _number(labels.get(CREATED_AT), float(container["Created"]))
-            expires = _number(set_last.pop(sandbox_id, labels).get(EXPIRES_AT), created)
+            expires = _number({**labels, **set_last.pop(sandbox_id, {})}.get(EXPIRES_AT), created)
             found[sandbox_id] = self._owned(sandbox_id, created, expires, labels.get(TOKEN, ""))
         for sandbox_id, labels in set_last.items():  # their containers were removed by somebody else
             found[sandbox_id] = self._owned(sandbox_id, _number(labels.get(SET_AT), 0.0) / 1e9, 0.0)
@@ -285,6 +289,8 @@ class DockerBackend(Backend):
             memory=facts.memory,
             cpus=facts.cpus,
             processes=facts.max_processes,
+            volume=self._disk_volume(spec.sandbox_id),
+            limit_inodes=not facts.podman,  # it refuses the mount option
             network_mode=network_mode(self._daemon, spec.network, options.network),
             runtime=options.runtime,
             read_only=not (options.writable_root or token),
@@ -295,7 +301,9 @@ class DockerBackend(Backend):
         labels |= {CREATED_AT: f"{now:.3f}", EXPIRES_AT: f"{now + spec.lifetime_s:.3f}"} | ({TOKEN: token} if token else {})
         uid = layout.ROOT if token else layout.user_id(spec.sandbox_id, few_ids=facts.few_ids)
         try:
-            self._forget_expiry(spec.sandbox_id)
+            self._remove_volumes(spec.sandbox_id)
+            if volume := self._disk_volume(spec.sandbox_id):
+                self._api.create_volume(volume, labels=self._labels(spec.sandbox_id))
             try:
                 made = self._api.create_container(
                     image,
@@ -354,13 +362,28 @@ class DockerBackend(Backend):
             if found is not None and self._is_ours(found, sandbox_id):
                 self._remove(str(found["Id"]))
 
-    def _forget_expiry(self, sandbox_id: str, before_ns: int | None = None) -> None:
+    def _forget_expiry(self, sandbox_id: str, before_ns: int) -> None:
+        """Remove the deadlines that a newer one has replaced."""
+        for volume in self._volumes(sandbox_id):
+            if 0 < int(volume["Labels"].get(SET_AT, "0")) < before_ns:
+                self._remove_volume(volume["Name"])
+
+    def _remove_volumes(self, sandbox_id: str) -> None:
+        """All that a sandbox has besides its container, which is gone."""
+        for volume in self._volumes(sandbox_id):
+            self._remove_volume(volume["Name"])
+
+    def _volumes(self, sandbox_id: str) -> list[dict[str, Any]]:
         wanted = {"label": [f"{NAMESPACE}={self._namespace}", f"{SANDBOX_ID}={sandbox_id}"]}
-        with self._daemon.asked(f"forgetting the deadline of sandbox {sandbox_id!r}"):
-            for volume in self._api.volumes(filters=wanted).get("Volumes") or []:
-                if before_ns is None or int(volume["Labels"].get(SET_AT, "0")) < before_ns:
-                    with suppress(NotFound):
-                        self._api.remove_volume(volume["Name"])
+        with self._daemon.asked(f"looking for the volumes of sandbox {sandbox_id!r}"):
+            return self._api.volumes(filters=wanted).get("Volumes") or []
+
+    def _remove_volume(self, name: str) -> None:
+        with self._daemon.asked(f"removing the volume {name!r}"), suppress(NotFound):
+            self._api.remove_volume(name)
+
+    def _disk_volume(self, sandbox_id: str) -> str:
+        return f"cifixer-disk-{self._seal(sandbox_id)}" if self._options.disk == "volume" else ""
 
     def _remove_litter(self) -> None:
         """Remove what crashed clients left: their sandboxes ended by themselves, but containers stay. Never raises."""

@@ -60,6 +60,8 @@ class Facts:
     #: Whether it can make networks of its own.
     bridges: bool
     runtimes: tuple[str, ...]
+    #: Podman: it speaks Docker's interface, with differences.
+    podman: bool
     #: Only 65,536 user ids exist in its containers.
     few_ids: bool
 
@@ -202,9 +204,10 @@ def daemon_at(address: Address) -> Daemon:
 def _facts(api: Any) -> Facts:
     info = api.info()
     security = " ".join(info.get("SecurityOptions") or [])
+    podman = any("podman" in str(c.get("Name", "")).lower() for c in api.version().get("Components") or [])
     name = "".join(c for c in str(info.get("Name", "")).split(".")[0] if c.isalnum() or c == "-")[:40] or "docker"
     return Facts(
-        placement=f"{name}-{sha256(_identity(api, info).encode()).hexdigest()[:12]}",
+        placement=f"{name}-{sha256(_identity(info, podman=podman).encode()).hexdigest()[:12]}",
         api_version=str(api.api_version),
         server=str(info.get("ServerVersion", "")),
         memory=bool(info.get("MemoryLimit")),
@@ -212,13 +215,13 @@ def _facts(api: Any) -> Facts:
         max_processes=bool(info.get("PidsLimit")),
         bridges="bridge" in ((info.get("Plugins") or {}).get("Network") or ()),
         runtimes=tuple(info.get("Runtimes") or ()),
+        podman=podman,
         few_ids="name=userns" in security or "name=rootless" in security,
     )
 
 
-def _identity(api: Any, info: dict[str, Any]) -> str:
+def _identity(info: dict[str, Any], *, podman: bool) -> str:
     """The daemon's own id; Podman answers with a new one each time, so its machine and store must do."""
-    components = [str(c.get("Name", "")) for c in api.version().get("Components") or []]
-    if any("podman" in c.lower() for c in components):
+    if podman:
         return f"podman:{info.get('Name')}:{info.get('DockerRootDir')}"
     return str(info.get("ID") or info.get("Name"))

@@ -81,12 +81,13 @@ def environment(of_image: list[str]) -> dict[str, str]:
     return {**{name: value for name, value in defaults.items() if name not in named}, **ours}
 
 
-def tmpfs(spec: SandboxSpec) -> dict[str, str]:
-    """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited."""
-    disk = int(spec.disk_bytes or DEFAULT_DISK_BYTES)
-    spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk // 2))
+def tmpfs(spec: SandboxSpec, *, disk: bool, limit_inodes: bool) -> dict[str, str]:
+    """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited, too."""
+    size = int(spec.disk_bytes or DEFAULT_DISK_BYTES)
+    spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
+    inodes = f",nr_inodes={size // 4096 + 16384}" if limit_inodes else ""
     return {
-        DISK: f"rw,exec,nosuid,nodev,mode=0755,size={disk},nr_inodes={disk // 4096 + 16384}",
+        **({DISK: f"rw,exec,nosuid,nodev,mode=0755,size={size}{inodes}"} if disk else {}),
         SPOOL: f"rw,noexec,nosuid,nodev,mode=0755,size={spool}",
         ETC: "rw,noexec,nosuid,nodev,mode=0755,size=1048576",
         CHANNEL: "rw,noexec,nosuid,nodev,mode=0700,size=65536",
@@ -94,9 +95,23 @@ def tmpfs(spec: SandboxSpec) -> dict[str, str]:
 
 
 def host_config(
-    spec: SandboxSpec, *, memory: bool, cpus: bool, processes: bool, network_mode: str, runtime: str, read_only: bool, as_root: bool
+    spec: SandboxSpec,
+    *,
+    memory: bool,
+    cpus: bool,
+    processes: bool,
+    limit_inodes: bool,
+    volume: str,
+    network_mode: str,
+    runtime: str,
+    read_only: bool,
+    as_root: bool,
 ) -> dict[str, Any]:
-    """Arguments of docker-py's ``create_host_config``. ``memory``, ``cpus`` and ``processes``: whether the daemon can limit them."""
+    """Arguments of docker-py's ``create_host_config``.
+
+    ``memory``, ``cpus``, ``processes`` and ``limit_inodes``: whether the daemon can limit them. ``volume``: the name of the one that is the
+    disk, instead of memory.
+    """
     limits: dict[str, Any] = {}
     if memory:
         size = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES)
@@ -119,7 +134,8 @@ def host_config(
         "runtime": runtime or None,
         "security_opt": ["no-new-privileges:true"],
         "shm_size": _SHM_BYTES,
-        "tmpfs": tmpfs(spec),
+        "tmpfs": tmpfs(spec, disk=not volume, limit_inodes=limit_inodes),
+        "binds": {volume: {"bind": DISK, "mode": "rw"}} if volume else None,
         # Open files are limited by the runner: more than the daemon itself may have would be refused, in words about rlimits.
         "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
     }

@@ -17,7 +17,7 @@ from typing import Any
 
 from docker.errors import APIError, NotFound
 
-from cifixer_exec.backends.docker_local.daemon import Daemon
+from cifixer_exec.backends.docker_local.daemon import Daemon, Facts
 from cifixer_exec.errors import SandboxStartError
 
 INTERNAL, BRIDGE = "cifixer-internal", "cifixer-bridge"
@@ -29,6 +29,13 @@ _OPTIONS: Mapping[str, dict[str, Any]] = {
     BRIDGE: {"options": {_BETWEEN_CONTAINERS: "false"}},
 }
 _making = threading.Lock()
+
+
+def possible_networks(facts: Facts, named: str) -> tuple[str, ...]:
+    """The policies that can be kept here. Podman has no way to keep containers of one network apart."""
+    if not facts.bridges:
+        return ("none",)
+    return ("none", "internal") if facts.podman and not named else ("none", "internal", "bridge")
 
 
 def network_mode(daemon: Daemon, policy: str | None, named: str) -> str:
