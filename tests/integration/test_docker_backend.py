@@ -20,6 +20,7 @@ import pytest
 from cifixer_exec import AppConfig, InvalidRequestError, create_sandbox
 from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
 from cifixer_exec.backends.docker_local import backend as module
+from cifixer_exec.backends.docker_local.containers import Containers
 from cifixer_exec.backends.docker_local.daemon import daemon_at
 from cifixer_exec.errors import BackendUnavailableError, SandboxLostError, SandboxStartError
 from cifixer_exec.model import MIB, Inspection, SandboxHandle, SandboxSpec
@@ -77,7 +78,7 @@ def test_a_second_create_adopts_the_same_container(backend: DockerBackend, api: 
 def test_a_container_whose_maker_died_before_the_start_is_started(
     backend: DockerBackend, api: Any, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "_start", lambda container: None)
+    monkeypatch.setattr(Containers, "start", lambda self, container: None)
     backend.create(spec())
     assert container_of(api, namespace)["State"]["Status"] == "created"
     monkeypatch.undo()
@@ -102,7 +103,7 @@ def test_labels_are_there_and_tell_the_deadline(backend: DockerBackend, api: Any
 
 
 def test_a_container_of_somebody_else_is_never_touched(backend: DockerBackend, api: Any, host: str) -> None:
-    name = backend._container("taken")
+    name = backend._names.container("taken")
     foreign = api.create_container(image_for_tests(host), command=["sleep", "60"], name=name)["Id"]
     handle = SandboxHandle(backend="docker_local", sandbox_id="taken", placement=backend.placement)
     try:
