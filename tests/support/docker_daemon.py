@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ _ACCOUNTS = {
     "etc/group": (0o644, b"root:x:0:\nnogroup:x:65534:\n"),
     "etc/shadow": (0o640, b"root:*:19000:0:99999:7:::\n"),
 }
-_LAYOUT = "2"
+_LAYOUT = "3"
 
 
 class NoDaemonError(Exception):
@@ -152,7 +153,7 @@ def _import(client: docker.APIClient, name: str, files: list[str]) -> None:
                 member = tarfile.TarInfo(path)
                 member.mode, member.size = mode, len(content)
                 archive.addfile(member, io.BytesIO(content))
-            for path in files:
+            for path in _with_parents(files):
                 archive.add(path, recursive=False)
         out.seek(0)
         repository, _, tag = name.partition(":")
@@ -160,6 +161,16 @@ def _import(client: docker.APIClient, name: str, files: list[str]) -> None:
         answer = client.import_image_from_stream(iter(lambda: out.read(1 << 20), b""), repository=repository, tag=tag, changes=changes)
         if not client.images(name):  # Podman 4.3 does not heed the tag
             client.tag(json.loads(answer.splitlines()[-1])["status"].removesuffix("\n"), repository, tag)
+
+
+def _with_parents(files: list[str]) -> Iterator[str]:
+    """Each directory before what is in it: a rootless daemon (20.10) makes those that are missing for nobody else to enter."""
+    told: set[str] = set()
+    for path in files:
+        for parent in [*reversed([str(p) for p in Path(path).parents]), path]:
+            if parent != "/" and parent not in told:
+                told.add(parent)
+                yield parent
 
 
 def _files() -> list[str]:
