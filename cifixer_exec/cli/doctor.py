@@ -122,7 +122,7 @@ def _backend(config: AppConfig, *, needed: bool) -> Iterator[Finding]:
             return
     yield Finding(name=name, ok=health.ok, summary=health.summary, remedy=health.remedy, needed=needed)
     if limits := health.details.get("limits"):
-        remedy = "run the worker as root, or give it a delegated control group"
+        remedy = health.details.get("limits_remedy", "")
         yield Finding(name="limits", ok="NOT limited" not in limits, summary=limits, remedy=remedy, needed=False)
 
 

@@ -88,6 +88,7 @@ class DockerBackend(Backend):
             limits = {"memory": facts.memory, "cpus": facts.cpus, "disk": self.capabilities.disk}
             absent = [name for name, enforced in limits.items() if not enforced]
             details["limits"] = f"{', '.join(absent)} NOT limited" if absent else "memory, cpus, processes, disk"
+            details["limits_remedy"] = "docker info says what this daemon cannot limit, and why; a disk of memory has a size"
             if not images.is_there(self._daemon, self._options.image):
                 details["image"] = (
                     f"{self._options.image} is not there yet: the first sandbox pulls it ('docker pull' before makes that one fast)"

@@ -114,6 +114,7 @@ class LocalBackend(Backend):
     def probe(self) -> Health:
         """Makes a real sandbox and removes it."""
         details = {"placement": self.placement, "state": str(self._root), "limits": self._limits_text()}
+        details["limits_remedy"] = "run the worker as root, or give it a delegated control group"
         if self._unsafe:
             return Health(ok=True, summary="NO ISOLATION: commands run as this user on this host", details=details)
         if self._bwrap is None:
