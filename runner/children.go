@@ -26,6 +26,7 @@ type supervisor struct {
 	pid    int
 	socket *net.UnixConn
 	reaped chan struct{} // closed when wait4 returned it: its orphans are ours by then
+	urgent bool          // a command waits for it
 	sends  sync.Mutex
 }
 
@@ -37,12 +38,23 @@ type children struct {
 	closed      bool
 	flags       []string
 	most        uint64 // processes that commands may have together, 0 for any number
+	hard        uint64 // the kernel's count of processes and threads that no command gets beyond, whatever it does
+	allowance   *sharedNumber
+	settling    bool // settleSoon was called
 	sweeping    sync.Mutex
 }
 
-func newChildren(maxProcesses, maxOpenFiles uint64) *children {
-	c := &children{supervisors: map[int]*supervisor{}, most: maxProcesses, flags: []string{"runner", "supervise",
-		"-max-processes", strconv.FormatUint(maxProcesses, 10), "-max-open-files", strconv.FormatUint(maxOpenFiles, 10)}}
+func newChildren(maxProcesses, maxOpenFiles uint64, maxCommands int) (*children, error) {
+	c := &children{supervisors: map[int]*supervisor{}, most: maxProcesses}
+	if c.most > 0 {
+		var err error
+		if c.allowance, err = newSharedNumber(); err != nil {
+			return nil, err
+		}
+		c.hard = c.most + reserveFor(c.most, maxCommands)
+	}
+	c.flags = []string{"runner", "supervise", "-hard-process-limit", strconv.FormatUint(c.hard, 10),
+		"-max-open-files", strconv.FormatUint(maxOpenFiles, 10)}
 	arrivals := make(chan os.Signal, 1)
 	signal.Notify(arrivals, syscall.SIGCHLD)
 	go func() {
@@ -50,22 +62,7 @@ func newChildren(maxProcesses, maxOpenFiles uint64) *children {
 			c.reap()
 		}
 	}()
-	return c
-}
-
-// processLimit is RLIMIT_NPROC for a command that starts now. The kernel counts every thread of the user,
-// so what the runner and its supervisors need comes on top of what commands may have.
-func (c *children) processLimit() uint64 {
-	if c.most == 0 {
-		return 0
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	own := threadsOf(os.Getpid())
-	for pid := range c.supervisors {
-		own += threadsOf(pid)
-	}
-	return c.most + own
+	return c, nil
 }
 
 // reap is the only wait4 in serve. It also sees supervisors that hostile code has stopped.
@@ -97,6 +94,7 @@ func (c *children) reap() {
 func (c *children) bury(s *supervisor) {
 	delete(c.supervisors, s.pid)
 	close(s.reaped)
+	c.settleSoon()
 	for i, other := range c.idle {
 		if other == s {
 			c.idle = append(c.idle[:i:i], c.idle[i+1:]...)
@@ -108,7 +106,11 @@ func (c *children) bury(s *supervisor) {
 }
 
 // spawn starts a supervisor; c.mu is held.
-func (c *children) spawn() (*supervisor, error) {
+func (c *children) spawn(urgent bool) (*supervisor, error) {
+	if urgent {
+		c.allow(supervisorThreads, supervisorThreads*uint64(len(c.supervisors)/4)) // in a burst not for each one
+	}
+	c.settleSoon()
 	ends, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
@@ -127,15 +129,20 @@ func (c *children) spawn() (*supervisor, error) {
 		return nil, err
 	}
 	defer syscall.Close(null)
+	files := []uintptr{uintptr(null), uintptr(null), 2, uintptr(ends[1])}
+	if c.most > 0 {
+		files = append(files, c.allowance.file.Fd())
+	}
 	pid, err := syscall.ForkExec(selfExecutable, c.flags, &syscall.ProcAttr{
-		Files: []uintptr{uintptr(null), uintptr(null), 2, uintptr(ends[1])},
+		Env:   []string{"GOMAXPROCS=1"}, // few threads, because commands pay for them; a supervisor mostly waits in the kernel
+		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
 		conn.Close()
 		return nil, err
 	}
-	s := &supervisor{pid: pid, socket: conn.(*net.UnixConn), reaped: make(chan struct{})}
+	s := &supervisor{pid: pid, socket: conn.(*net.UnixConn), reaped: make(chan struct{}), urgent: urgent}
 	c.supervisors[pid] = s
 	return s, nil
 }
@@ -152,7 +159,7 @@ func (c *children) take() (*supervisor, error) {
 		c.idle = c.idle[:last]
 		return s, nil
 	}
-	return c.spawn()
+	return c.spawn(true)
 }
 
 // refillSoon has a supervisor ready for the next command. Not at once: a short command gives its
@@ -165,12 +172,13 @@ func (c *children) refill() {
 	if len(c.idle) > 0 || c.closed {
 		return
 	}
-	warm, err := c.spawn()
+	warm, err := c.spawn(false)
 	if err != nil { // no processes left now; later there may be
 		time.AfterFunc(time.Second, c.refill)
 		return
 	}
 	c.idle = append(c.idle, warm)
+	c.track(warm, 100)
 }
 
 // giveBack keeps a supervisor that has no command for the next one, or lets it end.

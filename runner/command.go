@@ -340,11 +340,20 @@ func (c *command) judge() {
 		}
 	case dead && r.OOMKills > 0:
 		r.Status = pointer(statusOutOfMemory)
-		r.Cause = pointer("the kernel killed a process of the command because the sandbox's memory limit was reached")
+		r.Cause = pointer("the kernel killed a process of the command because the sandbox's memory limit was reached" + c.filesInMemory())
 	}
 	if *r.Status != statusExited {
 		r.ExitCode = nil
 	}
+}
+
+// filesInMemory says what of the memory is files: the command may have used little itself, and they stay.
+func (c *command) filesInMemory() string {
+	size := memoryFiles(c.registry.workspace)
+	if size < 1<<20 {
+		return ""
+	}
+	return fmt.Sprintf("; %d MiB of it are files, because this sandbox's disk is memory: remove some, or ask for more memory", size>>20)
 }
 
 // whyStopped says for a person how a kill ended the command; c.mu is held.

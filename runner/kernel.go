@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"runtime"
 	"strconv"
 	"sync"
@@ -64,6 +65,22 @@ func prewarmThreads(count int) {
 	done.Wait()
 }
 
+// memoryFile gives a file that has no name and is in no file system. memfd_create(2); executing one may be forbidden by
+// vm.memfd_noexec, and is not wanted. Kernels before 6.3 do not know how to say that.
+func memoryFile() (int, error) {
+	const closeOnExec, noExecSeal = 1, 8
+	number := map[string]uintptr{"amd64": 319, "arm64": 279}[runtime.GOARCH]
+	name := [...]byte{'r', 'u', 'n', 'n', 'e', 'r', 0}
+	fd, _, errno := syscall.Syscall(number, uintptr(unsafe.Pointer(&name)), closeOnExec|noExecSeal, 0)
+	if errno == syscall.EINVAL {
+		fd, _, errno = syscall.Syscall(number, uintptr(unsafe.Pointer(&name)), closeOnExec, 0)
+	}
+	if errno != 0 {
+		return -1, os.NewSyscallError("memfd_create", errno)
+	}
+	return int(fd), nil
+}
+
 // threadsOf counts by the links of a directory: "task" has one subdirectory per thread (proc(5)).
 func threadsOf(pid int) uint64 {
 	var found syscall.Stat_t
@@ -73,14 +90,14 @@ func threadsOf(pid int) uint64 {
 	return uint64(found.Nlink) - 2
 }
 
-// setLimitOf sets soft and hard limit of another process, which may lower them. prlimit(2).
-func setLimitOf(pid, resource int, value uint64) error {
-	limit := syscall.Rlimit{Cur: value, Max: value}
-	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), uintptr(resource), uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
+// limitsOf gives the limits that another process had, and sets new ones if there are any. prlimit(2).
+func limitsOf(pid, resource int, set *syscall.Rlimit) (had syscall.Rlimit, err error) {
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), uintptr(resource),
+		uintptr(unsafe.Pointer(set)), uintptr(unsafe.Pointer(&had)), 0, 0)
 	if errno != 0 {
-		return errno
+		err = errno
 	}
-	return nil
+	return had, err
 }
 
 // setSoftLimit leaves the hard limit, up to which the soft one can be raised again.
@@ -93,15 +110,15 @@ func setSoftLimit(resource int, value uint64) error {
 	return syscall.Setrlimit(resource, &limit)
 }
 
-// lowerLimit sets soft and hard limit, never above the hard limit there is.
-func lowerLimit(resource int, value uint64) error {
+// lowerLimit sets soft and hard limit, never above the hard limit there is, and gives what they are now.
+func lowerLimit(resource int, value uint64) (uint64, error) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(resource, &limit); err != nil {
-		return err
+		return 0, err
 	}
 	limit.Max = min(limit.Max, value)
 	limit.Cur = limit.Max
-	return syscall.Setrlimit(resource, &limit)
+	return limit.Max, syscall.Setrlimit(resource, &limit)
 }
 
 // bytesReadable says how many bytes wait in a pipe. ioctl_pipe(2), FIONREAD.

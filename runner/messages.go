@@ -9,7 +9,7 @@ import (
 // Messages between serve and a supervisor, over a Unix socket pair. Length-prefixed and
 // binary, so that a supervisor needs no JSON and arguments may be any bytes.
 const (
-	messageStart    = 'S' // → numbers: stdin passed (0|1), process limit (0: none); strings: cwd, count of argv, argv…, env…
+	messageStart    = 'S' // → numbers: stdin passed (0|1); strings: cwd, count of argv, argv…, env…
 	messageKill     = 'K' // → numbers: grace in ms
 	messageSignal   = 'G' // → numbers: signal
 	messageCount    = 'C' // →

@@ -43,6 +43,16 @@ func readSmall(path string) []byte {
 	return buffer[:size]
 }
 
+// memoryFiles is what the files of the disk at path take of the memory; 0 if it is no memory. statfs(2), tmpfs(5).
+func memoryFiles(path string) int64 {
+	const tmpfsMagic = 0x01021994
+	var disk syscall.Statfs_t
+	if syscall.Statfs(path, &disk) != nil || disk.Type != tmpfsMagic {
+		return 0
+	}
+	return int64(disk.Blocks-disk.Bfree) * disk.Bsize
+}
+
 func memoryBytes() *int64 {
 	for _, path := range []string{currentV2, currentV1} {
 		if value, err := strconv.ParseInt(strings.TrimSpace(string(readSmall(path))), 10, 64); err == nil {

@@ -60,7 +60,10 @@ func serveMain(args []string) int {
 		_ = becomeSubreaper()
 	}
 	prewarmThreads(serveThreads)
-	s := newServer(options)
+	s, err := newServer(options)
+	if err != nil {
+		return complain("serve: %s", err)
+	}
 	go s.accept(listener)
 	go s.awaitSignal()
 	code := <-s.exit
@@ -71,19 +74,22 @@ func serveMain(args []string) int {
 	return code
 }
 
-func newServer(options *serveOptions) *server {
+func newServer(options *serveOptions) (*server, error) {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id)
 	s := &server{options: options, bootID: hex.EncodeToString(id), connections: map[*connection]struct{}{},
 		exit: make(chan int, 1), files: newGate(6), answers: newAnswers()}
-	s.children = newChildren(options.maxProcesses, options.maxOpenFiles)
+	var err error
+	if s.children, err = newChildren(options.maxProcesses, options.maxOpenFiles, options.maxCommands); err != nil {
+		return nil, err
+	}
 	s.commands = newRegistry(options.spool, options.workspace, options.maxCommands, s.children)
 	s.commands.volatile = options.volatile
 	s.commands.load()
 	s.roots = resolvedRoots(append(options.roots(), filepath.Join(options.spool, transferDir)))
 	s.lease = newLease(options.expiresIn, func() { s.end(exitExpired) })
 	s.children.refill()
-	return s
+	return s, nil
 }
 
 func (s *server) end(code int) {

@@ -134,7 +134,8 @@ func (c *command) launch(r *startRequest, workspace string) error {
 	if c.dir != "" && !c.registry.volatile {
 		_ = saveStart(c.dir, c.id, c.digest, c.begunAt)
 	}
-	s, err := c.hand(startMessage(r, workspace, withStdin, c.registry.children.processLimit()), plan)
+	c.registry.children.refreshAllowance()
+	s, err := c.hand(startMessage(r, workspace, withStdin), plan)
 	plan.closeTheirs()
 	if err != nil {
 		plan.closeAll()
@@ -143,8 +144,8 @@ func (c *command) launch(r *startRequest, workspace string) error {
 	return c.confirm(s, r, plan)
 }
 
-func startMessage(r *startRequest, workspace string, withStdin bool, processLimit uint64) message {
-	m := message{kind: messageStart, numbers: []int64{0, int64(processLimit)}}
+func startMessage(r *startRequest, workspace string, withStdin bool) message {
+	m := message{kind: messageStart, numbers: []int64{0}}
 	if withStdin {
 		m.numbers[0] = 1
 	}

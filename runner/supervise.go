@@ -5,10 +5,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"os/signal"
-	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -17,9 +15,11 @@ import (
 )
 
 const (
-	supervisorSocket = 3 // where serve puts the socket pair
-	destroyLimit     = 5 * time.Second
-	leaderOOMScore   = "500" // a command should be the kernel's victim, not its supervisor
+	supervisorSocket    = 3 // where serve puts the socket pair,
+	supervisorAllowance = 4 // and what is shared; only where there is a process limit
+	supervisorThreads   = 8 // three prewarmed ones, and what the Go runtime has anyway; seldom it makes one more
+	destroyLimit        = 5 * time.Second
+	leaderOOMScore      = "500" // a command should be the kernel's victim, not its supervisor
 )
 
 // supervision is one command: its process tree, from the start until nothing of it lives.
@@ -40,30 +40,33 @@ type supervision struct {
 // superviseMain waits, warm, for a command, runs it until its tree is gone, and waits for the next.
 func superviseMain(args []string) int {
 	flags := flag.NewFlagSet("supervise", flag.ContinueOnError)
-	maxProcesses := flags.Uint64("max-processes", 0, "")
+	hardLimit := flags.Uint64("hard-process-limit", 0, "")
 	maxOpenFiles := flags.Uint64("max-open-files", 0, "")
 	if flags.Parse(args) != nil {
 		return 2
 	}
-	runtime.GOMAXPROCS(3) // two goroutines sit in blocking calls, the third one works
 	debug.SetGCPercent(50)
-	prepareSupervisor(*maxProcesses, *maxOpenFiles)
+	prepareSupervisor(*maxOpenFiles)
+	limits, err := newProcessLimits(*hardLimit)
+	if err != nil {
+		return complain("supervise: process limits: %s", err)
+	}
 	buffer := make([]byte, 64<<10)
-	for supervise(buffer) {
+	for supervise(buffer, limits) {
 	}
 	return 0
 }
 
 // supervise runs one command until its whole tree is gone. Only a supervisor whose tree ended by
 // itself is used again: nothing of that command is left then, which wait4(2) has proved.
-func supervise(buffer []byte) (again bool) {
+func supervise(buffer []byte, limits *processLimits) (again bool) {
 	start, files, err := receiveStart(buffer)
 	if err != nil {
 		return false // serve has gone or no longer needs us
 	}
 	s := &supervision{empty: make(chan struct{}), next: make(chan bool, 1)}
 	s.hurry.changed = make(chan struct{}, 1)
-	if failure := s.start(start, files); failure != nil {
+	if failure := s.start(start, files, limits); failure != nil {
 		s.send(*failure)
 		return true
 	}
@@ -75,7 +78,7 @@ func supervise(buffer []byte) (again bool) {
 	return <-s.next
 }
 
-func prepareSupervisor(maxProcesses, maxOpenFiles uint64) {
+func prepareSupervisor(maxOpenFiles uint64) {
 	syscall.CloseOnExec(supervisorSocket) // the command must not speak for its supervisor
 	_ = becomeSubreaper()
 	// A polite "kill $PPID" from the command must not end its supervisor. The handlers are
@@ -83,13 +86,10 @@ func prepareSupervisor(maxProcesses, maxOpenFiles uint64) {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM,
 		syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGPIPE, syscall.SIGVTALRM, syscall.SIGXCPU, syscall.SIGTSTP)
 	syscall.Umask(0o022)
-	prewarmThreads(6)
-	_ = lowerLimit(rlimitCore, 0)
+	prewarmThreads(3)
+	_, _ = lowerLimit(rlimitCore, 0)
 	if maxOpenFiles > 0 {
-		_ = lowerLimit(syscall.RLIMIT_NOFILE, maxOpenFiles)
-	}
-	if maxProcesses > 0 {
-		_ = lowerLimit(rlimitNproc, maxProcesses+mostOwnThreads)
+		_, _ = lowerLimit(syscall.RLIMIT_NOFILE, maxOpenFiles)
 	}
 }
 
@@ -132,15 +132,20 @@ func receivedFiles(rights []byte) ([]int, error) {
 }
 
 // start runs the leader; a failure is what serve has to be told instead.
-func (s *supervision) start(start message, files []int) *message {
+func (s *supervision) start(start message, files []int, limits *processLimits) *message {
+	defer closeAll(files) // end of file comes when the command's copies are closed
 	count, err := strconv.Atoi(start.text(1))
-	if err != nil || count < 1 || 2+count > len(start.strings) || len(files) < 2 {
+	if err != nil || count < 1 || 2+count > len(start.strings) || len(files) < 2+int(start.number(0)) {
 		return failed(0, codeInternal, "the supervisor got a malformed command")
 	}
 	dir, argv, env := start.strings[0], start.strings[2:2+count], start.strings[2+count:]
-	stdin, err := leaderStdin(start, files)
-	if err != nil {
-		return failed(0, codeInternal, "/dev/null: "+err.Error())
+	if start.number(0) != 1 {
+		null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		if err != nil {
+			return failed(0, codeInternal, "/dev/null: "+err.Error())
+		}
+		defer syscall.Close(null)
+		files = append([]int{null}, files...)
 	}
 	if err := os.Chdir(dir); err != nil {
 		return failed(0, codeInvalid, fmt.Sprintf("cwd %q: %s; make the directory first", dir, reason(err)))
@@ -149,43 +154,19 @@ func (s *supervision) start(start message, files []int) *message {
 	if code != 0 {
 		return failed(int64(code), "", notRunnable(argv[0], code))
 	}
-	outputs := files[len(files)-2:]
-	s.leader, err = forkLimited(uint64(start.number(1)), path, argv, env, []uintptr{uintptr(stdin), uintptr(outputs[0]), uintptr(outputs[1])})
+	s.leader, err = limits.fork(path, argv, env, []uintptr{uintptr(files[0]), uintptr(files[1]), uintptr(files[2])})
 	if err != nil {
 		return startFailure(argv[0], err)
 	}
 	s.send(message{kind: messageStarted, numbers: []int64{int64(s.leader)}})
-	for _, fd := range append(files, stdin) { // end of file comes when the command's copies are closed
-		syscall.Close(fd)
-	}
 	raiseOOMScore(s.leader)
 	return nil
 }
 
-func leaderStdin(start message, files []int) (int, error) {
-	if start.number(0) == 1 {
-		return files[0], nil
+func closeAll(files []int) {
+	for _, fd := range files {
+		syscall.Close(fd)
 	}
-	return syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-}
-
-// mostOwnThreads is the most that the runner itself can need: serve, and a supervisor for each of 64 commands.
-const mostOwnThreads = 1024
-
-// forkLimited starts the leader with its process limit. The supervisor takes the soft limit for the moment of the fork, so
-// that the leader is born with it; then its hard limit is lowered from outside. (Code that raises its soft limit in the
-// microseconds between finds the hard limit of prepareSupervisor.)
-func forkLimited(limit uint64, path string, argv, env []string, files []uintptr) (int, error) {
-	if limit == 0 {
-		return forkLeader(path, argv, env, files)
-	}
-	_ = setSoftLimit(rlimitNproc, limit)
-	pid, err := forkLeader(path, argv, env, files)
-	_ = setSoftLimit(rlimitNproc, math.MaxUint64)
-	if err == nil {
-		_ = setLimitOf(pid, rlimitNproc, limit)
-	}
-	return pid, err
 }
 
 func forkLeader(path string, argv, env []string, files []uintptr) (int, error) {

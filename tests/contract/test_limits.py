@@ -9,7 +9,7 @@ from cifixer_exec.model import MIB
 from tests.contract.conftest import Make
 from tests.support.contract_stack import Stack
 
-BOMB = "f() { f | f & }; f; exec sleep 600"  # exec: the bomb leaves the leader no process to fork
+BOMB = "f() { f | f & }; f & exec sleep 600"  # one fork, then exec: the bomb leaves the leader no process to fork
 
 
 def need(stack: Stack, capability: str) -> None:
@@ -117,12 +117,33 @@ def test_the_process_limit_is_the_one_asked_for(stack: Stack, make: Make, marker
     assert 10 < int(result.text.split()[-1]) <= 40
 
 
+def test_a_command_keeps_its_processes_while_many_others_start(stack: Stack, make: Make, marker: str) -> None:
+    need(stack, "max_processes")
+    sandbox = make(max_processes=100)
+    fork = f"i=0; while [ $i -lt 20 ]; do sleep {marker} & i=$((i + 1)); done; echo all; kill $(jobs -p)"
+    early = sandbox.start_command(f"read x; {fork}", stdin_open=True)
+    others = [sandbox.start_command("read x", stdin_open=True) for _ in range(40)]
+    early.send_stdin("go\n")
+    assert early.wait().text == "all\n"
+    for other in others:
+        other.close_stdin()
+    assert {other.wait().status for other in others} == {Status.EXITED}
+
+
 @pytest.mark.parametrize("command", [["tail", "/dev/zero"], "tail /dev/zero; exit $?"], ids=["leader", "child"])
 def test_a_command_without_enough_memory_is_out_of_memory(stack: Stack, make: Make, command: list[str] | str) -> None:
     need(stack, "memory")
     result = make(memory_bytes=128 * MIB).run_command(command, timeout_s=60)
     assert (result.status, result.exit_code) == (Status.OUT_OF_MEMORY, None)
     assert "memory" in result.cause
+
+
+def test_memory_that_is_full_of_files_is_told_as_lack_of_memory(stack: Stack, make: Make) -> None:
+    """They stay when the command is dead, so the kernel may have to kill the sandbox too."""
+    need(stack, "memory")
+    result = make(memory_bytes=128 * MIB).run_command("head -c 400000000 /dev/zero > big", timeout_s=60)
+    assert result.status in (Status.OUT_OF_MEMORY, Status.SANDBOX_LOST)
+    assert "MiB of it are files" in result.cause or "out of memory" in result.cause
 
 
 def test_the_sandbox_lives_after_out_of_memory(stack: Stack, make: Make) -> None:
