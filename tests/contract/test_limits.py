@@ -138,12 +138,27 @@ def test_a_command_without_enough_memory_is_out_of_memory(stack: Stack, make: Ma
     assert "memory" in result.cause
 
 
-def test_memory_that_is_full_of_files_is_told_as_lack_of_memory(stack: Stack, make: Make) -> None:
-    """They stay when the command is dead, so the kernel may have to kill the sandbox too."""
+def test_a_disk_fills_up_before_the_memory_does(stack: Stack, make: Make) -> None:
     need(stack, "memory")
-    result = make(memory_bytes=128 * MIB).run_command("head -c 400000000 /dev/zero > big", timeout_s=60)
+    sandbox = make(memory_bytes=128 * MIB)
+    result = sandbox.run_command("head -c 400000000 /dev/zero > big", timeout_s=60)
+    assert "No space left" in result.stderr_text
+    assert sandbox.run_command("rm big; echo alive").stdout == b"alive\n"
+
+
+def test_a_disk_that_does_not_fit_into_the_memory_is_refused(stack: Stack, make: Make) -> None:
+    need(stack, "memory")
+    need(stack, "disk")
+    with pytest.raises(InvalidRequestError, match=r"disk_bytes=134217728 does not fit into memory_bytes=134217728.*more memory"):
+        make(memory_bytes=128 * MIB, disk_bytes=128 * MIB)
+
+
+def test_memory_that_is_full_of_files_is_told_as_lack_of_memory(stack: Stack, make: Make) -> None:
+    """In shared memory, which no disk limits. They stay when the command is dead, so the kernel may have to kill the sandbox too."""
+    need(stack, "memory")
+    result = make(memory_bytes=128 * MIB).run_command("head -c 200000000 /dev/zero > /dev/shm/big", timeout_s=60)
     assert result.status in (Status.OUT_OF_MEMORY, Status.SANDBOX_LOST)
-    assert "MiB of it are files" in result.cause or "out of memory" in result.cause
+    assert "memory" in result.cause
 
 
 def test_the_sandbox_lives_after_out_of_memory(stack: Stack, make: Make) -> None:

@@ -164,7 +164,7 @@ def test_the_disk_limit_is_one_for_all_writable_places(tmp_path: Path) -> None:
     ],
 )
 def test_all_that_is_memory_is_in_relation(disk_bytes: int | None, limited: bool, wanted: tuple[int, int, int]) -> None:
-    spec = SandboxSpec(backend="local", sandbox_id="s", disk_bytes=disk_bytes)
+    spec = SandboxSpec(backend="local", sandbox_id="s", disk_bytes=disk_bytes, memory_bytes=8192 * MIB)
     memory = memory_for(spec, limited=limited)
     assert (memory.disk_bytes, memory.spool_bytes, memory.shm_bytes) == tuple(n * MIB for n in wanted)
 

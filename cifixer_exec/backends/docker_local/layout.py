@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from cifixer_exec.backends.disk import disk_size_bytes
 from cifixer_exec.model import MIB, SandboxSpec
 
 RUNNER = "/run/cifixer/runner"
@@ -24,7 +25,7 @@ LINKS = {WORKSPACE: f"{DISK}/workspace", HOME: f"{DISK}/home", TMP: f"{DISK}/tmp
 
 DEFAULT_CPUS = 1.0
 DEFAULT_MEMORY_BYTES = 2048 * MIB
-DEFAULT_DISK_BYTES = 4096 * MIB
+MOST_DISK_BYTES = 4096 * MIB
 DEFAULT_MAX_PROCESSES = 512
 #: The most that the runner and its supervisors can need of the pids controller, which counts threads; the exact limit on
 #: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
@@ -81,9 +82,9 @@ def environment(of_image: list[str]) -> dict[str, str]:
     return {**{name: value for name, value in defaults.items() if name not in named}, **ours}
 
 
-def tmpfs(spec: SandboxSpec, *, disk: bool, limit_inodes: bool) -> dict[str, str]:
+def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool) -> dict[str, str]:
     """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited, too."""
-    size = int(spec.disk_bytes or DEFAULT_DISK_BYTES)
+    size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
     spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
     inodes = f",nr_inodes={size // 4096 + 16384}" if limit_inodes else ""
     return {
@@ -113,9 +114,9 @@ def host_config(
     disk, instead of memory.
     """
     limits: dict[str, Any] = {}
-    if memory:
-        size = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES)
-        limits |= {"mem_limit": size, "memswap_limit": size}
+    memory_bytes = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES) if memory else None
+    if memory_bytes is not None:
+        limits |= {"mem_limit": memory_bytes, "memswap_limit": memory_bytes}
     if cpus:
         limits["nano_cpus"] = int((spec.cpus or DEFAULT_CPUS) * 1e9)
     if processes:
@@ -134,7 +135,7 @@ def host_config(
         "runtime": runtime or None,
         "security_opt": ["no-new-privileges:true"],
         "shm_size": _SHM_BYTES,
-        "tmpfs": tmpfs(spec, disk=not volume, limit_inodes=limit_inodes),
+        "tmpfs": tmpfs(spec, memory_bytes=memory_bytes, disk=not volume, limit_inodes=limit_inodes),
         "binds": {volume: {"bind": DISK, "mode": "rw"}} if volume else None,
         # Open files are limited by the runner: more than the daemon itself may have would be refused, in words about rlimits.
         "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],

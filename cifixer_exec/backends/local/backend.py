@@ -196,6 +196,7 @@ class LocalBackend(Backend):
                 raise InvalidRequestError(f"readonly_paths has {path!r}, which is no absolute path of a directory here")
         if spec.memory_bytes is None and self.capabilities.memory:
             spec = replace(spec, memory_bytes=DEFAULT_MEMORY_BYTES)
+        isolation.memory_for(spec, limited=self.capabilities.memory)
         return spec
 
     def _make_root(self) -> None:

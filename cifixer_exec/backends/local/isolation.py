@@ -11,6 +11,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifixer_exec.backends.disk import disk_size_bytes
 from cifixer_exec.errors import CapacityError
 from cifixer_exec.model import MIB, SandboxSpec
 
@@ -92,8 +93,13 @@ class Memory:
 
 
 def memory_for(spec: SandboxSpec, *, limited: bool) -> Memory:
-    """``limited``: a control group counts this memory as the sandbox's. Without one these sizes are all that protects the host's."""
-    disk_bytes = int(spec.disk_bytes or (4096 if limited else 1024) * MIB)
+    """``limited``: a control group counts this memory as the sandbox's. Without one these sizes are all that protects the host's.
+
+    Raises:
+        InvalidRequestError: the disk does not fit into the memory.
+    """
+    memory_bytes = spec.memory_bytes if limited else None
+    disk_bytes = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=(4096 if limited else 1024) * MIB)
     spool_bytes = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk_bytes // 2))
     return Memory(disk_bytes=disk_bytes, spool_bytes=spool_bytes, shm_bytes=(256 if limited else 64) * MIB)
 
