@@ -21,6 +21,9 @@ from cifixer_exec.store.records import SandboxRecord
 
 log = logging.getLogger(__name__)
 
+#: Why a sandbox was dealt with: its lifetime was over, the registry did not know it, it was dead already, or it could not be removed.
+EXPIRED, UNKNOWN, GONE, NOT_REMOVED = REASONS = ("expired", "unknown", "gone", "failed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reaped:
@@ -36,12 +39,21 @@ class Reaper:
     """One round for one backend and placement. Two rounds at once do no harm: every step is idempotent."""
 
     def __init__(
-        self, *, journal: Journal, backend: Backend, creation_grace_s: float, limit: int = 100, clock: Callable[[], float] = time.time
+        self,
+        *,
+        journal: Journal,
+        backend: Backend,
+        creation_grace_s: float,
+        limit: int = 100,
+        count: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """``count`` is told, for each sandbox dealt with, which of :data:`REASONS` it was."""
         self._journal = journal
         self._backend = backend
         self._grace_s = creation_grace_s
         self._limit = limit
+        self._count = count
         self._clock = clock
 
     async def reap(self, *, dry_run: bool = False) -> Reaped:
@@ -64,6 +76,7 @@ class Reaper:
         for sandbox_id, cause in dead.items():
             log.warning("reaped: sandbox %s is registered and gone: %s", sandbox_id, cause)
             await self._journal.close(sandbox_id, state="lost", cause=cause)
+            self._count(GONE)
         return Reaped(destroyed=destroyed, closed=tuple(sorted(dead)), failed=failed)
 
     def _is_doomed(self, owned: Owned, record: SandboxRecord | None) -> bool:
@@ -88,11 +101,13 @@ class Reaper:
             except BackendError as error:
                 log.warning("sandbox %s could not be reaped: %s", sandbox_id, error)
                 failed.append(sandbox_id)
+                self._count(NOT_REMOVED)
                 continue
             log.warning("reaped: sandbox %s: %s", sandbox_id, cause)
             if record is None or record.placement in ("", self._backend.placement):
                 await self._journal.close(sandbox_id, state="lost", cause=cause)
             destroyed.append(sandbox_id)
+            self._count(EXPIRED if sandbox_id in records else UNKNOWN)
         return tuple(destroyed), tuple(failed)
 
     async def _dead(self, records: dict[str, SandboxRecord]) -> dict[str, str]:

@@ -79,6 +79,8 @@ class AppConfig:
     bwrap: str = ""
     unsafe_no_isolation: bool = False
 
+    metrics_address: str = ""
+
     docker_host: str = field(default_factory=lambda: os.environ.get("DOCKER_HOST", ""))
     docker_cert_path: str = field(default_factory=default_docker_cert_path)
     docker_runtime: str = ""
@@ -99,6 +101,8 @@ class AppConfig:
         for name in ("lifetime_s", "start_timeout_s", "command_timeout_s", "lease_s", "redis_patience_s", "drain_s", "reap_interval_s"):
             if check_timeout_s(getattr(self, name), name) is None:
                 raise InvalidRequestError(f"{name}=None is not usable: give seconds")
+        if self.metrics_address:
+            host_and_port(self.metrics_address)
         object.__setattr__(self, "env", check_env(self.env))
         object.__setattr__(self, "readonly_paths", tuple(self.readonly_paths))
         object.__setattr__(self, "state_dir", Path(self.state_dir).absolute())
@@ -130,6 +134,20 @@ class AppConfig:
     def with_(self, **changes: Any) -> Self:
         """A copy with ``changes``."""
         return replace(self, **changes)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two of ``metrics_address``; an IPv6 address stands in brackets, and comes without them.
+
+    Raises:
+        InvalidRequestError: it is not ``host:port``.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    readable = colon and bare and not set(bare) & set("[]/ @") and (":" not in bare or bare != host)
+    if not readable or not (port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise InvalidRequestError(f"metrics_address={address!r} is not usable: give host:port, such as 127.0.0.1:9808 or [::]:9808")
+    return bare, int(port)
 
 
 def _show(value: Any) -> str:
@@ -204,6 +222,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_STATE_DIR": ("state_dir", Path),
     "CIFIXER_BWRAP": ("bwrap", str),
     "CIFIXER_UNSAFE_NO_ISOLATION": ("unsafe_no_isolation", _flag),
+    "CIFIXER_METRICS_ADDRESS": ("metrics_address", str),
     "CIFIXER_DOCKER_HOST": ("docker_host", str),
     "CIFIXER_DOCKER_CERT_PATH": ("docker_cert_path", str),
     "CIFIXER_DOCKER_RUNTIME": ("docker_runtime", str),

@@ -31,9 +31,19 @@ from cifixer_exec.queues import placement_queue
 from cifixer_exec.settings import AppConfig
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import End, NewOp
-from cifixer_exec.wiring import make_journal, make_reaper, make_runtime, make_spec, worker_config, worker_queues
+from cifixer_exec.wiring import (
+    make_beat_exposure,
+    make_exposure,
+    make_journal,
+    make_reaper,
+    make_runtime,
+    make_spec,
+    worker_config,
+    worker_queues,
+)
+from cifixer_exec.worker.exposure import Exposure
 from cifixer_exec.worker.runtime import DETACHED, PASSED_ON, WorkerRuntime
-from cifixer_exec.worker.steps import RuntimeStep, boot_name, runtime, select_queues
+from cifixer_exec.worker.steps import RuntimeStep, boot_name, listening, runtime, select_queues
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +54,9 @@ app.config_from_object("cifixer_exec.celeryconfig")
 class _RuntimeStep(RuntimeStep):
     def make_runtime(self, wid: str) -> WorkerRuntime:
         return make_runtime(worker_config(), wid=wid, answer=_answer)
+
+    def make_exposure(self, worker: WorkerRuntime) -> Exposure | None:
+        return make_exposure(worker_config(), worker)
 
 
 app.steps["worker"].add(_RuntimeStep)
@@ -60,6 +73,23 @@ def _select_queues(instance: Any = None, **_: Any) -> None:
     """This worker's backend and placement decide what it consumes, not the command line."""
     if instance.app is app:
         select_queues(instance, worker_queues(worker_config()))
+
+
+@signals.beat_init.connect
+def _expose_beat(sender: Any = None, **_: Any) -> None:
+    """In the process of beat: what it sends is what shows that it works."""
+    if sender is None or sender.app is not app:
+        return
+
+    def make() -> Exposure | None:
+        made = make_beat_exposure(worker_config())
+        if made is None:
+            return None
+        exposure, sent = made
+        signals.after_task_publish.connect(lambda **_: sent(), weak=False)
+        return exposure
+
+    listening(make)
 
 
 @signals.after_setup_logger.connect
@@ -88,7 +118,7 @@ def reap() -> None:
 def reap_placement() -> None:
     """Reap this worker's own placement."""
     worker = runtime()
-    worker.portal.call(make_reaper(worker_config(), worker.journal).reap())
+    worker.portal.call(make_reaper(worker_config(), worker.journal, count=worker.tally.reaped).reap())
 
 
 class OpTask(Task):  # type: ignore[type-arg]  # generic in the stubs only

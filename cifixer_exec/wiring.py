@@ -8,24 +8,33 @@ import socket
 import uuid
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
+from types import ModuleType
 
 from cifixer_exec.backends.registry import check_backend, make_backend
 from cifixer_exec.channel.portal import Portal
 from cifixer_exec.environment import AsyncSandboxEnvironment
+from cifixer_exec.errors import InvalidRequestError
 from cifixer_exec.model import SandboxSpec, check_id
 from cifixer_exec.queue_port import QueuePort
 from cifixer_exec.queues import MAINTENANCE, placement_queue, pool_queue
-from cifixer_exec.reaper import Reaper
+from cifixer_exec.reaper import REASONS, Reaper
 from cifixer_exec.sandbox import DirectPort
-from cifixer_exec.settings import AppConfig
+from cifixer_exec.settings import AppConfig, host_and_port
 from cifixer_exec.store.connection import SOCKET_TIMEOUT_S, connect
 from cifixer_exec.store.journal import Journal
+from cifixer_exec.store.keys import direct_queue
 from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.worker.execution import Executor
+from cifixer_exec.worker.exposure import Exposure
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
 from cifixer_exec.worker.restoration import restore
 from cifixer_exec.worker.runtime import Answer, WorkerRuntime
+from cifixer_exec.worker.tally import Tally
+
+#: A scrape has ten seconds by default; what Redis does not tell in this time is left out of it.
+SCRAPE_PATIENCE_S = 1.0
 
 
 @cache
@@ -101,7 +110,8 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
     journal = make_journal(config, patience_s=0.0)
     lease_journal = make_journal(config, patience_s=0.0, socket_timeout_s=max(1.0, config.lease_s / 6))
     ownership = Ownership(backend, wid)
-    executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid)
+    tally = Tally()
+    executor = Executor(journal=journal, backend=backend, ownership=ownership, wid=wid, tally=tally)
     placed = {"backend": backend.name, "placement": backend.placement, "pid": os.getpid(), "host": socket.gethostname()}
 
     async def listen(on_cancel: Callable[[str], None]) -> None:
@@ -141,6 +151,7 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
         backend=backend.name,
         placement=backend.placement,
         breaker_state=lambda: backend.breaker_state,
+        tally=tally,
         most_ops=config.worker_concurrency - max(1, config.worker_concurrency // 8),
     )
     return runtime
@@ -152,6 +163,66 @@ def worker_queues(config: AppConfig) -> list[str]:
     return [MAINTENANCE, pool_queue(backend.name), placement_queue(backend.name, backend.placement)]
 
 
-def make_reaper(config: AppConfig, journal: Journal) -> Reaper:
-    """The reaper of this worker's backend and placement."""
-    return Reaper(journal=journal, backend=make_backend(config), creation_grace_s=config.creation_grace_s)
+def make_reaper(config: AppConfig, journal: Journal, *, count: Callable[[str], None] = lambda _: None) -> Reaper:
+    """The reaper of this worker's backend and placement; ``count`` is told the reason of each removal."""
+    return Reaper(journal=journal, backend=make_backend(config), creation_grace_s=config.creation_grace_s, count=count)
+
+
+def make_exposure(config: AppConfig, worker: WorkerRuntime) -> Exposure | None:
+    """What shows ``worker`` at the configured address; None when there is none.
+
+    Raises:
+        InvalidRequestError: the address cannot be listened on, or the extra ``metrics`` is not installed.
+    """
+    if not config.metrics_address:
+        return None
+    metrics = _metrics_module()
+    shared = [MAINTENANCE, pool_queue(worker.backend), placement_queue(worker.backend, worker.placement)]
+    # The direct queue's name has a boot id, which as a label would make a new time series at each start.
+    queues = {**{name: name for name in shared}, direct_queue(worker.wid): "direct"}
+
+    def queue_lengths() -> dict[str, int] | None:
+        found = worker.queue_lengths(list(queues), patience_s=SCRAPE_PATIENCE_S)
+        return None if found is None else {queues[name]: length for name, length in found.items()}
+
+    source = metrics.WorkerSource(
+        tally=worker.tally,
+        sandboxes=lambda: int(worker.info()["sandboxes"]),
+        active=lambda: int(worker.info()["active"]),
+        draining=lambda: bool(worker.info()["draining"]),
+        lease_valid=worker.lease_valid,
+        responsive=worker.responsive,
+        breaker_state=lambda: str(worker.info()["breaker"]),
+        queue_lengths=queue_lengths,
+        reap_reasons=REASONS,
+        version=version("cifixer-exec"),
+        backend=worker.backend,
+        placement=worker.placement,
+    )
+    host, port = host_and_port(config.metrics_address)
+    return Exposure(host, port, metrics=metrics.exposition(metrics.WorkerCollector(source)), trouble=worker.trouble)
+
+
+def make_beat_exposure(config: AppConfig) -> tuple[Exposure, Callable[[], None]] | None:
+    """What shows beat at the configured address, and what to call when it has sent a task; None when there is no address.
+
+    Raises:
+        InvalidRequestError: as :func:`make_exposure`.
+    """
+    if not config.metrics_address:
+        return None
+    metrics = _metrics_module()
+    watch = metrics.BeatWatch(interval_s=config.reap_interval_s)
+    host, port = host_and_port(config.metrics_address)
+    return Exposure(host, port, metrics=metrics.exposition(watch), trouble=watch.trouble), watch.sent
+
+
+def _metrics_module() -> ModuleType:
+    try:
+        from cifixer_exec.worker import metrics
+    except ModuleNotFoundError as error:
+        raise InvalidRequestError(
+            f"metrics_address is set and needs the package {error.name!r}: install the 'metrics' extra "
+            "(pip install 'cifixer-exec[metrics]'), or leave CIFIXER_METRICS_ADDRESS out"
+        ) from None
+    return metrics

@@ -7,6 +7,7 @@ import signal
 from cifixer_exec.errors import BackendError, ExecutorError, InvalidRequestError
 from cifixer_exec.model import ExecResult, Status
 
+UNHEALTHY = 1
 INVALID = 2
 FAILED = 3
 TIMED_OUT = 124

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from cifixer_exec.cli import exits, sandbox_commands, stack_commands
+from cifixer_exec.cli import exits, health_commands, sandbox_commands, stack_commands
 from cifixer_exec.cli.progress import tell
 from cifixer_exec.errors import ExecutorError
 
@@ -28,6 +28,7 @@ for _command in (
     *(sandbox_commands.run, sandbox_commands.create, sandbox_commands.execute, sandbox_commands.list_sandboxes),
     *(sandbox_commands.logs, sandbox_commands.copy, sandbox_commands.remove),
     *(stack_commands.up, stack_commands.worker, stack_commands.beat, stack_commands.flower, stack_commands.reap, stack_commands.doctor),
+    health_commands.healthy,
 ):
     program.add_command(_command)
 

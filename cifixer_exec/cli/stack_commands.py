@@ -104,12 +104,15 @@ def beat(*, reach: Reach, loglevel: str) -> None:
 @click.option("--address", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=FLOWER_PORT, show_default=True)
 @click.option("--password", envvar="CIFIXER_FLOWER_PASSWORD", show_envvar=True, help="Left out: a new one, which is printed.")
-def flower(*, reach: Reach, address: str, port: int, password: str | None) -> None:
+@click.option(
+    "--cookie-secret", envvar="CIFIXER_FLOWER_COOKIE_SECRET", show_envvar=True, help="Left out: a new one; who is logged in is out then."
+)
+def flower(*, reach: Reach, address: str, port: int, password: str | None, cookie_secret: str | None) -> None:
     """Run Flower, read-only, in the foreground."""
     require_flower()
     chosen = password or secrets.token_urlsafe(18)
     progress.tell(f"http://{address}:{port}/ user {parts.FLOWER_USER}, password {'as given' if password else chosen}")
-    become(parts.flower(port, chosen, secrets.token_urlsafe(32), address=address), named_stack(reach))
+    become(parts.flower(port, chosen, cookie_secret or secrets.token_urlsafe(32), address=address), named_stack(reach))
 
 
 @click.command()

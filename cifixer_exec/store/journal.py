@@ -275,6 +275,14 @@ class Journal:
         times = (record.created_ms, record.expires_ms)
         return _done(await self._call("restore", record.sandbox_id, *place, spec, handle, *times))
 
+    async def queue_lengths(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many messages wait in each of these Celery queues."""
+        with translated(self.redis):
+            async with self.redis.pipeline(transaction=False) as pipeline:
+                for queue in queues:
+                    pipeline.llen(self.keys.queue(queue))
+                return dict(zip(queues, await pipeline.execute(), strict=True))
+
     async def age_s(self) -> float:
         """How long this registry has been there. A young one may have lost what it knew with its Redis."""
         return int((await self._call("age"))[1]) / 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cifixer_exec.store.records import Taken
 from cifixer_exec.worker.ownership import Ownership
 from cifixer_exec.worker.persistence import persist
 from cifixer_exec.worker.publisher import FencedError, Publisher
+from cifixer_exec.worker.tally import DONE, FAILED, Tally
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,11 +43,24 @@ class _Running:
 class Executor:
     """Runs ops on the worker's event loop."""
 
-    def __init__(self, *, journal: Journal, backend: Backend, ownership: Ownership, wid: str) -> None:
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        backend: Backend,
+        ownership: Ownership,
+        wid: str,
+        tally: Tally,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._journal = journal
         self._backend = backend
         self._ownership = ownership
         self._wid = wid
+        self._tally = tally
+        self._clock = clock
+        #: How the op of a ``Taken`` ended, by the identity of that object, until :meth:`execute` has told the tally.
+        self._outcomes: dict[int, str] = {}
         self._running: dict[str, _Running] = {}
         self._closing: set[str] = set()
         self._kinds: dict[str, Callable[[Taken], Awaitable[None]]] = {
@@ -57,6 +72,15 @@ class Executor:
 
     async def execute(self, taken: Taken) -> None:
         """Carry out ``taken`` and record its end. Never raises for what went wrong with the op itself."""
+        begun_s = self._clock()
+        try:
+            await self._carry_out(taken)
+        finally:
+            outcome = self._outcomes.pop(id(taken), "")
+            if outcome:
+                self._tally.ended(taken.kind, outcome, self._clock() - begun_s)
+
+    async def _carry_out(self, taken: Taken) -> None:
         try:
             await self._kinds.get(taken.kind, self._call)(taken)
         except FencedError:
@@ -200,6 +224,8 @@ class Executor:
         )
         if not written:
             raise FencedError
+        records = result.get("records")
+        self._outcomes[id(taken)] = str(records[-1]["status"]) if records else DONE
 
     async def _fail(self, taken: Taken, error: ExecutorError) -> bool:
         written = await persist(
@@ -207,6 +233,8 @@ class Executor:
         )
         if not written:
             log.warning("op %s: its failure was not recorded, another worker owns it now", taken.op_id)
+        else:
+            self._outcomes[id(taken)] = FAILED
         return written
 
     async def _close(self, taken: Taken, *, state: str, cause: str) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any
@@ -19,6 +19,7 @@ from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.lease import Lease
 from cifixer_exec.worker.ownership import Ownership
 from cifixer_exec.worker.persistence import persist
+from cifixer_exec.worker.tally import Tally
 
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 1.0
@@ -65,14 +66,16 @@ class WorkerRuntime:
         drain_s: float,
         most_ops: int,
         breaker_state: Callable[[], str],
+        tally: Tally,
         backend: str,
         placement: str,
     ) -> None:
         self.wid = wid
         self._most_ops = most_ops
         self._breaker_state = breaker_state
-        self._backend = backend
-        self._placement = placement
+        self.tally = tally
+        self.backend = backend
+        self.placement = placement
         self.journal = journal
         self.portal = portal
         self._lease_portal = lease_portal
@@ -121,7 +124,7 @@ class WorkerRuntime:
 
     def serves(self, record: SandboxRecord) -> bool:
         """Whether this worker can reach the sandbox, or make one that nobody has made yet."""
-        return record.backend == self._backend and record.placement in ("", self._placement)
+        return record.backend == self.backend and record.placement in ("", self.placement)
 
     def stop(self) -> None:
         """Drain, then give the lease up. A Redis that is away does not keep a worker from ending: its lease lapses by itself."""
@@ -150,6 +153,27 @@ class WorkerRuntime:
     def responsive(self) -> bool:
         """Whether the event loop that carries ops out still turns."""
         return time.monotonic() - self._pulse_at < STUCK_S
+
+    def lease_valid(self) -> bool:
+        """Whether this worker may act as owner."""
+        return self._lease.valid()
+
+    def trouble(self) -> str:
+        """Why this worker is of no use just now, in a sentence; empty when all is well. Asks nobody, in any thread."""
+        if not self.responsive():
+            return f"the event loop has not turned for {time.monotonic() - self._pulse_at:.0f} s"
+        return "" if self.lease_valid() else "this worker holds no valid lease: Redis does not answer it, or it starts or ends just now"
+
+    def queue_lengths(self, queues: Sequence[str], *, patience_s: float) -> Mapping[str, int] | None:
+        """How many doorbells wait in each; None when that is not known within ``patience_s``. In any thread but the loop's."""
+        if not self.portal.alive:
+            return None
+        future = self.portal.submit(self.journal.queue_lengths(queues))
+        try:
+            return future.result(patience_s)
+        except (ExecutorError, TimeoutError, CancelledError):
+            future.cancel()
+            return None
 
     async def _beat(self) -> None:
         self._pulse_at = time.monotonic()
@@ -193,6 +217,8 @@ class WorkerRuntime:
             if not isinstance(outcome, Taken):
                 return outcome.reason
             self._active[task] = outcome
+            if outcome.adopted:
+                self.tally.adopted()
             await self._executor.execute(outcome)
         finally:
             self._active.pop(task, None)
@@ -244,7 +270,7 @@ class WorkerRuntime:
             found = await self.journal.workers()
         except ExecutorError:
             return False
-        here = (self._backend, self._placement, False)
+        here = (self.backend, self.placement, False)
         return any((w.info["backend"], w.info["placement"], w.info["draining"]) == here for w in found if w.worker_id != self.wid)
 
     async def _hand_over_idle(self) -> None:

@@ -7,6 +7,8 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
+from os import EX_CONFIG
 from typing import Any
 
 from celery import bootsteps
@@ -14,7 +16,8 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Exchange, Queue
 
-from cifixer_exec.errors import QueueUnavailableError
+from cifixer_exec.errors import ExecutorError, QueueUnavailableError
+from cifixer_exec.worker.exposure import Exposure
 from cifixer_exec.worker.runtime import WorkerRuntime
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,15 @@ def runtime() -> WorkerRuntime:
     if _runtime is None:
         raise RuntimeError("this process is no cifixer-exec worker: send the task to one (task.delay), do not call it")
     return _runtime
+
+
+def listening(make: Callable[[], Exposure | None]) -> Exposure | None:
+    """What ``make`` makes. An address that cannot be had ends the process with one line: Celery would print a traceback."""
+    try:
+        return make()
+    except ExecutorError as error:
+        log.critical("%s", error)
+        raise SystemExit(EX_CONFIG) from None
 
 
 def boot_name(node_name: str) -> str:
@@ -70,12 +82,15 @@ class RuntimeStep(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
         self._stopped = False
+        self._exposure: Exposure | None = None
 
     def start(self, parent: Any) -> None:
         global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        _runtime = self.make_runtime(parent.hostname)
-        self._take_lease(_runtime)
+        worker = self.make_runtime(parent.hostname)
+        self._exposure = listening(lambda: self.make_exposure(worker))
+        _runtime = worker
+        self._take_lease(worker)
         log.info("worker %s holds its lease", parent.hostname)
 
     def _take_lease(self, worker: WorkerRuntime) -> None:
@@ -92,10 +107,17 @@ class RuntimeStep(bootsteps.StartStopStep):
         """The runtime of a worker with this id."""
         raise NotImplementedError
 
+    def make_exposure(self, worker: WorkerRuntime) -> Exposure | None:
+        """What shows ``worker`` to Prometheus and health checks; None when nobody wants that."""
+        raise NotImplementedError
+
     def stop(self, _parent: Any) -> None:
         if _runtime is not None and not self._stopped:
             self._stopped = True
             _runtime.stop()
+        if self._exposure is not None:
+            self._exposure.close()
+            self._exposure = None
 
     def terminate(self, parent: Any) -> None:
         self.stop(parent)

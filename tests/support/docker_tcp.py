@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,15 +13,16 @@ from cifixer_exec.channel.portal import Portal
 
 
 @contextmanager
-def tcp_port_of(socket: str, context: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A loopback port that leads to the Unix socket ``socket`` during the ``with`` block."""
+def tcp_port_of(socket: str, context: ssl.SSLContext | None = None, *, see: Callable[[bytes], None] = lambda _: None) -> Iterator[int]:
+    """A loopback port that leads to the Unix socket ``socket`` during the ``with`` block; ``see`` is shown what clients send."""
     portal = Portal("docker-tcp")
     tasks: set[asyncio.Task[None]] = set()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shown: Callable[[bytes], None]) -> None:
         try:
             with suppress(OSError):
                 while data := await reader.read(1 << 18):
+                    shown(data)
                     writer.write(data)
                     await writer.drain()
         finally:
@@ -31,8 +32,8 @@ def tcp_port_of(socket: str, context: ssl.SSLContext | None = None) -> Iterator[
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_unix_connection(socket)
-        for one, other in ((reader, there[1]), (there[0], writer)):
-            task = asyncio.create_task(pump(one, other))
+        for one, other, shown in ((reader, there[1], see), (there[0], writer, lambda _: None)):
+            task = asyncio.create_task(pump(one, other, shown))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
