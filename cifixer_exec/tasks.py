@@ -43,7 +43,7 @@ from cifixer_exec.wiring import (
 )
 from cifixer_exec.worker.exposure import Exposure
 from cifixer_exec.worker.runtime import DETACHED, PASSED_ON, WorkerRuntime
-from cifixer_exec.worker.steps import RuntimeStep, boot_name, listening, runtime, select_queues
+from cifixer_exec.worker.steps import RuntimeStep, boot_name, or_exit, runtime, select_queues
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _name_worker(instance: Any = None, **_: Any) -> None:
 def _select_queues(instance: Any = None, **_: Any) -> None:
     """This worker's backend and placement decide what it consumes, not the command line."""
     if instance.app is app:
-        select_queues(instance, worker_queues(worker_config()))
+        select_queues(instance, or_exit(lambda: worker_queues(worker_config())))
 
 
 @signals.beat_init.connect
@@ -89,7 +89,7 @@ def _expose_beat(sender: Any = None, **_: Any) -> None:
         signals.after_task_publish.connect(lambda **_: sent(), weak=False)
         return exposure
 
-    listening(make)
+    or_exit(make)
 
 
 @signals.after_setup_logger.connect

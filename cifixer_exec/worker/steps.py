@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from os import EX_CONFIG
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import bootsteps
 from celery.worker import state
@@ -21,6 +21,7 @@ from cifixer_exec.worker.exposure import Exposure
 from cifixer_exec.worker.runtime import WorkerRuntime
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Celery's thread, the event loop and the pool hand each op to one another; with CPython's 5 ms each hand-over can wait that long
 #: for the GIL. https://docs.python.org/3/library/sys.html#sys.setswitchinterval
@@ -40,8 +41,8 @@ def runtime() -> WorkerRuntime:
     return _runtime
 
 
-def listening(make: Callable[[], Exposure | None]) -> Exposure | None:
-    """What ``make`` makes. An address that cannot be had ends the process with one line: Celery would print a traceback."""
+def or_exit(make: Callable[[], T]) -> T:
+    """What ``make`` makes. What a worker or beat cannot begin without ends the process with one line: Celery would print a traceback."""
     try:
         return make()
     except ExecutorError as error:
@@ -87,8 +88,8 @@ class RuntimeStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         global _runtime  # noqa: PLW0603  # one worker per process, and tasks have no other way to it
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        worker = self.make_runtime(parent.hostname)
-        self._exposure = listening(lambda: self.make_exposure(worker))
+        worker = or_exit(lambda: self.make_runtime(parent.hostname))
+        self._exposure = or_exit(lambda: self.make_exposure(worker))
         _runtime = worker
         self._take_lease(worker)
         log.info("worker %s holds its lease", parent.hostname)

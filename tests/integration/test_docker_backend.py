@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -393,3 +394,12 @@ def test_an_ssh_that_cannot_log_in_says_what_to_try(tmp_path: Path, monkeypatch:
     with pytest.raises(BackendUnavailableError, match="ssh HOST docker version"):
         DockerBackend(address=Address(host="ssh://nobody-lets-me-in"), namespace="x").list_owned()
     gc.collect()
+
+
+def test_a_worker_without_its_daemon_ends_with_one_line(tmp_path: Path) -> None:
+    variables = {"CIFIXER_DOCKER_HOST": "unix:///no/such/docker.sock", "CIFIXER_REDIS_URL": f"unix://{tmp_path}/redis.sock"}
+    command = [sys.executable, "-m", "cifixer_exec.cli", "worker", "--backend", "docker_local"]
+    ended = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False)
+    critical = [line for line in ended.stderr.splitlines() if "CRITICAL" in line]
+    assert (ended.returncode, len(critical), "Traceback" in ended.stderr) == (os.EX_CONFIG, 1, False)
+    assert "start the Docker daemon" in critical[0]
