@@ -398,7 +398,7 @@ def test_an_ssh_that_cannot_log_in_says_what_to_try(tmp_path: Path, monkeypatch:
 
 def test_a_worker_without_its_daemon_ends_with_one_line(tmp_path: Path) -> None:
     variables = {"CIFIXER_DOCKER_HOST": "unix:///no/such/docker.sock", "CIFIXER_REDIS_URL": f"unix://{tmp_path}/redis.sock"}
-    command = [sys.executable, "-m", "cifixer_exec.cli", "worker", "--backend", "docker_local"]
+    command = [str(Path(sys.executable).with_name("cifixer-exec")), "worker", "--backend", "docker_local"]
     ended = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False)
     critical = [line for line in ended.stderr.splitlines() if "CRITICAL" in line]
     assert (ended.returncode, len(critical), "Traceback" in ended.stderr) == (os.EX_CONFIG, 1, False)
