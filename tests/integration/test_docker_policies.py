@@ -149,6 +149,13 @@ def test_the_hosts_own_network_is_not_to_be_had(make: Make) -> None:
         make(network="host")
 
 
+def test_another_runtime_that_the_daemon_knows_is_used(make: Make, api: Any, namespace: str) -> None:
+    other = next(name for name in api.info()["Runtimes"] if name not in ("runc", "io.containerd.runtime.v1.linux"))
+    assert make(docker_runtime=other).run_command("echo there").text == "there\n"
+    (container,) = api.containers(filters={"label": f"cifixer.namespace={namespace}/direct"})
+    assert api.inspect_container(container["Id"])["HostConfig"]["Runtime"] == other
+
+
 AS_ROOT = """
 set -e
 id -u; touch /usr/made; mkdir -p /opt/made; chown 1234:1234 /opt/made
