@@ -7,10 +7,10 @@ GO := $(BIN)/go
 PACKAGED := $(wildcard pyproject.toml runner/*.go runner/go.mod runner/hatch_build.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports gotest pytest chaos bench runner lock clean
+.PHONY: help run test lint types imports gotest pytest chaos chaos-docker bench runner lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.run ## start an embedded stack and repair a broken project in a sandbox; ends by itself
 	@$(BIN)/python examples/repair.py
@@ -38,6 +38,9 @@ pytest: $(VENV)/.dev ## all Python tests; each skip says why
 
 chaos: $(VENV)/.dev ## a thousand killed workers, cuts, pauses and Redis restarts; then an audit (about 20 minutes)
 	$(BIN)/python -m tests.chaos --kills 1000 --seed 1 --json bench/results/chaos.json
+
+chaos-docker: $(VENV)/.dev ## two hundred of them with containers on a Docker daemon (about 5 minutes)
+	$(BIN)/python -m tests.chaos --backend docker_local --kills 200 --seed 1 --json bench/results/chaos-docker.json
 
 bench: $(VENV)/.dev ## speed and memory, as ratios within one run
 	$(BIN)/python -m bench

@@ -124,6 +124,4 @@ class Breaker:
 
     def _refusal(self) -> CircuitOpenError:
         left_s = max(0.0, self._probe_at_s - self._clock())
-        return CircuitOpenError(
-            f"{self._what} is left alone and asked again in {left_s:.1f} s, because it failed again and again: {self._said}"
-        )
+        return CircuitOpenError(f"{self._what} does not answer for a while now, and is asked again in {left_s:.1f} s: {self._said}")

@@ -60,6 +60,7 @@ def known_config(reach: Reach) -> AppConfig | None:
         return None
     shown = tuple(dict.fromkeys((*config.readonly_paths, *running.readonly_paths)))
     return reach.settings(
+        execution_backend=reach.backend or running.backend,
         redis_url=running.redis_url,
         namespace=running.namespace,
         state_dir=running.state_dir,

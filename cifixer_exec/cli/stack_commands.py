@@ -69,7 +69,7 @@ def keep(stack: EmbeddedStack) -> int:
 def print_welcome(stack: EmbeddedStack) -> None:
     """The lines to use it."""
     print(f"# up: worker for backend {stack.config.execution_backend!r}, logs in {stack.directory}; Ctrl-C drains and ends it")
-    for variable in ("CIFIXER_REDIS_URL", "CIFIXER_NAMESPACE", "CIFIXER_READONLY_PATHS"):
+    for variable in ("CIFIXER_BACKEND", "CIFIXER_REDIS_URL", "CIFIXER_NAMESPACE", "CIFIXER_READONLY_PATHS"):
         if variable in (given := stack.config.to_env()):
             print(f"export {variable}={shlex.quote(given[variable])}")
     if stack.flower_port:

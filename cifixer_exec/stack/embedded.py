@@ -125,9 +125,12 @@ class EmbeddedStack:
     def _derive(self) -> AppConfig:
         """The base configuration, pointed at this stack. Local sandboxes see this Python, so that its pytest works in there."""
         base = self._base
+        # A daemon is shared: to the reaper of another stack with another Redis, sandboxes of the same namespace would be orphans.
+        shared = self._redis_url is not None or base.execution_backend == "local"
         shown = dict.fromkeys((*base.readonly_paths, *parts.python_directories()))
         return base.with_(
             dispatch="queue",
+            namespace=base.namespace if shared else f"{base.namespace}-{self.directory.name.rpartition('-')[2]}",
             redis_url=self._redis_url or f"unix://{self.directory / 'redis.sock'}",
             state_dir=self.directory / "state",
             readonly_paths=tuple(shown) if base.execution_backend == "local" and not base.unsafe_no_isolation else base.readonly_paths,

@@ -18,6 +18,7 @@ _FILE = "up.json"
 class RunningStack:
     """What a client must know of it. ``pid`` and ``start_time`` tell whether it still runs: pids are used again."""
 
+    backend: str
     redis_url: str
     namespace: str
     state_dir: str
@@ -30,6 +31,7 @@ def announce(stack: AppConfig, state_dir: Path) -> None:
     """Write down that this process keeps ``stack``. The newest one wins."""
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     running = RunningStack(
+        backend=stack.execution_backend,
         redis_url=stack.redis_url,
         namespace=stack.namespace,
         state_dir=str(stack.state_dir),

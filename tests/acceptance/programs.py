@@ -84,7 +84,8 @@ def up(user: User, *options: str) -> Iterator[Up]:
     directory = None
     try:
         assert process.stdout is not None
-        told = read_until(process.stdout.fileno(), b"READONLY_PATHS=[^\n]*\n", LIMIT_S).decode()
+        last = b"NAMESPACE" if "docker_local" in options else b"READONLY_PATHS"  # of what it tells to export
+        told = read_until(process.stdout.fileno(), last + b"=[^\n]*\n", LIMIT_S).decode()
         exports = dict(re.findall(r"^export (\w+)=(.*)$", told, re.MULTILINE))
         directory = Path(exports["CIFIXER_REDIS_URL"].removeprefix("unix://")).parent
         yield Up(process, directory, exports, told)

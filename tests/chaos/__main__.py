@@ -8,12 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cifixer_exec.backends.registry import backend_names
 from tests.chaos.engine import run_chaos
 from tests.chaos.plan import Options
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--backend", choices=backend_names(), default="local", help="where the sandboxes are")
     parser.add_argument("--kills", type=int, default=1000, help="end the faults after so many killed workers")
     parser.add_argument("--seed", type=int, default=1, help="the same seed draws the same faults and the same load")
     parser.add_argument("--seconds", type=float, default=3600.0, help="end the faults after so long at the latest")
@@ -26,6 +28,7 @@ def main() -> int:
     """Run and tell."""
     asked = _parse()
     options = Options(
+        backend=asked.backend,
         seed=asked.seed,
         kills=asked.kills,
         seconds=asked.seconds,

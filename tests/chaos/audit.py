@@ -1,4 +1,4 @@
-"""The audit: what the journal says of every op, and what is left when all is over."""
+"""The audit of Redis: what the journal says of every op, and what is left when all is over."""
 
 from __future__ import annotations
 
@@ -7,28 +7,20 @@ import json
 import re
 from collections import Counter, defaultdict
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from cifixer_exec import AppConfig
-from cifixer_exec.backends.local import LocalBackend
-from cifixer_exec.backends.local.cgroups import detect
-from cifixer_exec.backends.registry import find_bwrap, make_backend
-from cifixer_exec.backends.runner import runner_path
-from cifixer_exec.model import SandboxSpec
 from tests.chaos.load import Expected
 from tests.chaos.report import Report
-from tests.support.contract_stack import ContractSession
 
 _LOOK_S = 3.0
 #: Keys that may stay for ever when no worker is left: ``born`` is one number, the bindings of the shared queues are as many as
 #: there are queues, the deadlines one per exchange. What there is per worker incarnation is looked for apart, while workers live.
 _LASTING = re.compile(r"born|_kombu\.binding(_permanent)?\.sbx|_kombu\.binding_deadlines")
 _EMPTY_WHEN_QUIET = re.compile(
-    r"live|cancelling|answers|sandboxes|unacked.*|owned:.*|open:.*|sandbox\.local.*|cifixer\.maintenance|(?!_kombu).*\.dq2"
+    r"live|cancelling|answers|sandboxes|unacked.*|owned:.*|open:.*|sandbox\..*|cifixer\.maintenance|(?!_kombu).*\.dq2"
 )
 _WORKER = re.compile(r"w\d+-[0-9a-f]{8}@chaos")
 
@@ -112,8 +104,10 @@ class KeyAudit:
         self._prefix = f"{namespace}:"
         self._report = report
 
-    async def settle(self, patience_s: float, workers: int) -> None:
-        """Wait until queues and indexes are empty, with ``workers`` alive and nothing left of others; what is not is a finding.
+    async def settle(self, patience_s: float, workers: set[str]) -> None:
+        """Wait until queues and indexes are empty, with the ``workers`` of these names alive and nothing left of others.
+
+        What does not come to that is a finding.
 
         The lease of one that was killed at the end of the run must have ended: else it would outlive those who clean up after it.
         """
@@ -122,13 +116,13 @@ class KeyAudit:
         while True:
             keys = await self._keys()
             left = [k for k in keys if _EMPTY_WHEN_QUIET.fullmatch(k)]
-            dead, leases = await self._dead_workers(), sum(k.startswith("worker:") for k in keys)
+            dead, leases = await self._dead_workers(), {k.partition(":")[2].partition("-")[0] for k in keys if k.startswith("worker:")}
             if not left and not dead and leases == workers:
                 return
             if loop.time() > give_up:
                 self._report.findings += [f"key {k} is still there: {await self._show(k)}" for k in left]
                 self._report.findings += [f"the dead worker {w} is still in the set 'workers'" for w in dead]
-                self._report.findings += [f"{leases} leases for {workers} workers"] * (leases != workers)
+                self._report.findings += [f"leases of {sorted(leases)}, workers {sorted(workers)}"] * (leases != workers)
                 return
             await asyncio.sleep(0.25)
 
@@ -174,36 +168,3 @@ class KeyAudit:
 
     async def _show(self, key: str) -> str:
         return str((await self._members(key))[:3])[:600]
-
-
-def check_platform(session: ContractSession, config: AppConfig, directory: Path, report: Report) -> None:
-    """No sandbox, process, control group, directory, lock or temporary file.
-
-    What a killed worker was just removing is swept by whoever makes a sandbox a minute later; that minute is skipped here.
-    """
-    for owned in make_backend(config).list_owned():
-        report.findings.append(f"sandbox {owned.handle.sandbox_id} is left on the platform")
-    report.findings += session.leftovers()
-    left = _litter(config)
-    report.notes["litter after kills"] += len(left)
-    _sweep_litter(config)
-    report.findings += [f"litter that no creation sweeps: {path}" for path in _litter(config)]
-    report.findings += [f"temporary file {p}" for p in (directory / "tmp").iterdir()]
-
-
-def _litter(config: AppConfig) -> list[Path]:
-    return [p for p in config.state_dir.glob("*/*/*") if p.parent.name in ("sandboxes", "locks")]
-
-
-def _sweep_litter(config: AppConfig) -> None:
-    import time
-
-    backend = LocalBackend(
-        root=config.state_dir / config.namespace,
-        runner=runner_path(),
-        bwrap=find_bwrap(config.bwrap),
-        groups=detect(),
-        clock=lambda: time.time() + 120,
-    )
-    spec = SandboxSpec(backend="local", sandbox_id=f"{config.namespace}-sweep", lifetime_s=600)
-    backend.destroy(backend.create(spec))

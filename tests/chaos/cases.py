@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cifixer_exec import AppConfig, AsyncSandboxEnvironment, ExecResult, create_async_sandbox
+from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import OpRecord
 from cifixer_exec.wiring import make_journal
 from tests.chaos.plan import LEASE_S
 from tests.chaos.workers import Worker, Workers
+from tests.support.contract_stack import on_backend
+from tests.support.docker_daemon import left_on_daemon
 from tests.support.failpoints import Arm
 
 _LOOK_S = 0.03
@@ -37,7 +41,7 @@ class Outcome:
     content: bytes = b""
     op: OpRecord | None = None
     adopted: bool = False
-    left: int = -1
+    left: list[str] | None = None
     log: str = ""
     error: Exception | None = None
 
@@ -113,6 +117,14 @@ async def extend(stage: Stage, outcome: Outcome) -> None:
     await stage.sandbox.extend(5000)
 
 
+async def extend_twice(stage: Stage, outcome: Outcome) -> None:
+    """The second deadline counts, whatever became of the first."""
+    await stage.sandbox.extend(9000)
+    await stage.sandbox.extend(5000)
+    (owned,) = await asyncio.to_thread(make_backend(stage.config).list_owned)
+    outcome.content = b"moved" if 0 < owned.expires_at_s - time.time() <= 5000 else b"wrong"
+
+
 async def nothing(stage: Stage, outcome: Outcome) -> None:
     """The create before or the destroy behind is the case."""
 
@@ -135,7 +147,8 @@ async def _play(stage: Stage, outcome: Outcome, arm: Arm, story: Story) -> None:
     hold = [Arm(point="renew.before", action="hold")] if arm.action == "freeze" else []
     first = await stage.worker(arm, *hold)
     made = asyncio.create_task(_make(stage, story))
-    waited: list[asyncio.Future[Any]] = [made, first.ended]
+    frozen = asyncio.create_task(until(lambda: _is_frozen(stage, first), 2 * _OP_S))  # a creation may be what freezes
+    waited: list[asyncio.Future[Any]] = [made, first.ended, frozen]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     told = asyncio.create_task(_tell(stage, outcome, made, story))
     second = asyncio.create_task(stage.worker())
@@ -148,12 +161,12 @@ async def _play(stage: Stage, outcome: Outcome, arm: Arm, story: Story) -> None:
             await stage.sandbox.teardown()
         await second
     finally:
-        told.cancel()
-        second.cancel()
-        await asyncio.gather(made, told, second, return_exceptions=True)
+        for task in (told, second, frozen):
+            task.cancel()
+        await asyncio.gather(made, told, second, frozen, return_exceptions=True)
     outcome.ended = first.ended.result() if first.ended.done() else None
     outcome.passed = passed(stage.workers, first)
-    outcome.left = len(list(stage.config.state_dir.glob("*/sandboxes/*")))
+    outcome.left = left_of(stage.config)
 
 
 async def _make(stage: Stage, story: Story) -> None:
@@ -170,15 +183,15 @@ async def _tell(stage: Stage, outcome: Outcome, made: asyncio.Task[None], story:
 
 async def _wake_late(stage: Stage, first: Worker) -> None:
     """When the second worker has the sandbox under a higher epoch, the first goes on where it stood."""
-
-    async def frozen() -> bool:
-        return any(text.startswith("freeze") for text in passed(stage.workers, first))
-
-    await until(frozen)
+    await until(lambda: _is_frozen(stage, first))
     await until(lambda: _has_other_owner(stage, first))
     await asyncio.sleep(LEASE_S / 5)
     first.signal(signal.SIGCONT)
     await until(lambda: _says(first, "fenced by "), patience_s=10)
+
+
+async def _is_frozen(stage: Stage, first: Worker) -> bool:
+    return any(text.startswith("freeze") for text in passed(stage.workers, first))
 
 
 async def _has_other_owner(stage: Stage, first: Worker) -> bool:
@@ -190,6 +203,14 @@ async def _says(worker: Worker, text: str) -> bool:
     return text in worker.text()
 
 
-def stage_config(redis_url: str, namespace: str, state_dir: Path) -> AppConfig:
+def stage_config(backend: str, redis_url: str, namespace: str, state_dir: Path) -> AppConfig:
     """Of one case."""
-    return AppConfig(redis_url=redis_url, namespace=namespace, state_dir=state_dir, lease_s=LEASE_S, drain_s=0.5, worker_concurrency=8)
+    made = AppConfig(redis_url=redis_url, namespace=namespace, state_dir=state_dir, lease_s=LEASE_S, drain_s=0.5, worker_concurrency=8)
+    return on_backend(backend, made)
+
+
+def left_of(config: AppConfig) -> list[str]:
+    """What is on the platform of one case."""
+    if config.execution_backend == "docker_local":
+        return left_on_daemon(config.namespace)
+    return [str(path) for path in config.state_dir.glob("*/sandboxes/*")]

@@ -1,4 +1,8 @@
-"""A Redis, a configuration and workers for each test; and ``standing``: one worker for the tests of a module that do it no harm."""
+"""A Redis, a configuration and workers for each test; and ``standing``: one worker for the tests of a module that do it no harm.
+
+All of it is there once per backend, because who dies, drains or reaps does it with sandboxes in hand. Tests of what is between
+Redis and workers alone are marked :data:`tests.support.chaos_stack.ONE_BACKEND`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,16 @@ from uuid import uuid4
 import pytest
 
 from cifixer_exec import AppConfig
+from cifixer_exec.backends.registry import backend_names
 from tests.support.chaos_stack import LEASE_S, Crew
-from tests.support.contract_stack import check_present
+from tests.support.contract_stack import on_present_backend
 from tests.support.redis_server import RedisServer, redis_server
+
+
+@pytest.fixture(scope="module", params=backend_names())
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend of the test's sandboxes."""
+    return str(request.param)
 
 
 @pytest.fixture
@@ -23,11 +34,10 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def config(server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
+def config(backend: str, server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
     state = tmp_path / "state"
     made = AppConfig(redis_url=server.url, namespace=namespace, state_dir=state, lease_s=LEASE_S, drain_s=1.0, worker_concurrency=8)
-    check_present("local", made)
-    return made
+    return on_present_backend(backend, made)
 
 
 @pytest.fixture
@@ -39,7 +49,7 @@ def start(config: AppConfig, tmp_path: Path) -> Iterator[Crew]:
 
 
 @pytest.fixture(scope="module")
-def standing(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+def standing(backend: str, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """One worker for a whole module, at the session's Redis. It reaps what is a second old."""
     directory = tmp_path_factory.mktemp("standing")
     config = AppConfig(
@@ -51,8 +61,7 @@ def standing(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         worker_concurrency=8,
         creation_grace_s=1.0,
     )
-    check_present("local", config)
-    crew = Crew(config, directory)
+    crew = Crew(on_present_backend(backend, config), directory)
     crew()
     yield crew
     crew.end()

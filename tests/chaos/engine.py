@@ -17,14 +17,15 @@ from redis.asyncio import Redis
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.wiring import make_journal
-from tests.chaos.audit import JournalAudit, KeyAudit, check_platform
+from tests.chaos.audit import JournalAudit, KeyAudit
 from tests.chaos.beat import Beat
 from tests.chaos.faults import Fleet, Slot, Weather
 from tests.chaos.load import Load
 from tests.chaos.plan import CALL_BOUND_S, COLLECTED_S, DRAIN_S, LEASE_S, RETENTION_S, TERM_BOUND_S, Options
+from tests.chaos.platforms import watch_platform
 from tests.chaos.report import Report
 from tests.chaos.workers import Workers, end_gently
-from tests.support.contract_stack import ContractSession
+from tests.support.contract_stack import ContractSession, on_backend
 from tests.support.redis_proxy import RedisProxy
 from tests.support.redis_server import RedisServer, redis_server
 
@@ -53,6 +54,7 @@ class Run:
         """Never longer than the options allow and some minutes for the rest."""
         proxy = RedisProxy(self._server.port)
         workers = await Workers.start(self.directory / "run")
+        platform = watch_platform(self._session, self._config)
         self._redis = Redis(host="127.0.0.1", port=self._server.port)
         try:
             async with asyncio.timeout(self._options.seconds + _REST_BOUND_S):
@@ -63,7 +65,9 @@ class Run:
             await workers.stop()
             await asyncio.to_thread(proxy.close)
             await self._redis.aclose()
-        check_platform(self._session, self._config, self.directory / "run", self.report)
+            platform.close()
+        platform.check(self.report)
+        self.report.findings += [f"temporary file {p}" for p in (self.directory / "run/tmp").iterdir()]
         self.report.duration_s = time.monotonic() - self.report.began
         return self.report
 
@@ -90,7 +94,7 @@ class Run:
             await journal.redis.aclose()
 
     def _make_config(self) -> AppConfig:
-        return AppConfig(
+        made = AppConfig(
             redis_url=self._server.tcp_url,
             namespace=self._session.namespace,
             state_dir=self.directory / "state",
@@ -103,6 +107,7 @@ class Run:
             lifetime_s=600.0,
             worker_concurrency=32,
         )
+        return on_backend(self._options.backend, made)
 
     async def _meet(self, weather: Weather) -> None:
         """Load under faults, until there were enough of them; then the load ends in peace."""
@@ -131,7 +136,7 @@ class Run:
 
     async def _rest(self, slots: list[Slot]) -> None:
         keys = KeyAudit(self._redis, self._config.namespace, self.report)
-        await keys.settle(_SETTLE_S, len(slots))
+        await keys.settle(_SETTLE_S, {slot.worker.name for slot in slots if slot.worker is not None})
         await keys.check_incarnations()
         await self._audit.look()
         self._audit.compare(self._load.book)

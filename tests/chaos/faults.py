@@ -94,7 +94,7 @@ class Fleet:
     async def _live_and_die(self, slot: Slot) -> None:
         rng = stream(self._options.seed, f"slot/{slot.number}")
         while not self._calm.is_set():
-            plan = life(rng)
+            plan = life(rng, self._options.backend)
             with slot.trouble(_START_S):
                 slot.worker = worker = await self._workers.spawn(slot.config, [plan.arm] if plan.arm else [])
             self._by_pid[worker.pid] = worker
@@ -136,6 +136,8 @@ class Fleet:
         """A worker ends because of us or not at all."""
         if code == -signal.SIGKILL and worker.cause:
             self._report.kills[worker.cause] += 1
+        elif code == -signal.SIGTERM and worker.cause == "end" and not worker.began:
+            self._report.notes["told to end before they listened"] += 1
         elif code == 0 and worker.cause == "end":
             self._report.terms += 1
         else:
@@ -271,7 +273,7 @@ class Weather:
         while True:
             names: set[bytes] = await redis.smembers(f"{prefix}workers")
             lists = [f"{prefix}{n.decode()}.dq2" for n in names]
-            lists += [k.decode() async for k in redis.scan_iter(match=f"{prefix}sandbox.local*", count=5000)]
+            lists += [k.decode() async for k in redis.scan_iter(match=f"{prefix}sandbox.*", count=5000)]
             if await redis.eval(_BELL, len(lists), *lists, what):
                 self._report.bells[what] += 1
                 return

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.support.failpoints import POINTS, Arm
+from tests.support.failpoints import Arm, points_of
 
 LEASE_S = 1.5
 DRAIN_S = 0.5
@@ -30,13 +30,16 @@ _AT_THE_END = tuple(f"{verb}.{side}" for verb in ("release", "ring", "leave") fo
 #: Passed all the time without any op, so that the first passing would always be at the start.
 _BACKGROUND = ("renew", "sweep", "cancelled_ops")
 #: Where a command can be caught, more often than the rest.
-_OFTEN = {"take": 3, "start": 3, "output": 3, "publish": 3, "finish": 4, "call": 2, "create": 2, "destroy": 2, "ready": 2}
+_OFTEN = {"take": 3, "start": 3, "output": 3, "publish": 3, "finish": 4, "call": 2, "create": 2, "destroy": 2, "ready": 2, "daemon": 4}
+#: A worker that waits for its point lives so much longer, where sandboxes take their time: else it dies at random before.
+_PATIENCE = {"local": 1.0, "docker_local": 1.7}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The command line. ``kills`` or ``seconds``, whichever comes first, ends the faults."""
 
+    backend: str = "local"
     seed: int = 1
     kills: int = 1000
     seconds: float = 3600.0
@@ -61,13 +64,13 @@ def stream(seed: int, name: str) -> random.Random:
     return random.Random(f"{seed}/{name}")
 
 
-def life(rng: random.Random) -> Life:
+def life(rng: random.Random, backend: str) -> Life:
     """The next worker's."""
     fate: Fate = rng.choices(("killpoint", "kill", "freezepoint", "pause", "term"), (50, 20, 10, 7, 13))[0]
     pause_s = rng.uniform(1.3, 2.6) * LEASE_S
     if fate in ("killpoint", "freezepoint"):
-        arm = _arm(rng, "kill" if fate == "killpoint" else "freeze")
-        after_s = rng.uniform(1.0, 2.5) if arm.point in _AT_THE_END else rng.uniform(2.0, 4.5)
+        arm = _arm(rng, "kill" if fate == "killpoint" else "freeze", backend)
+        after_s = rng.uniform(1.0, 2.5) if arm.point in _AT_THE_END else rng.uniform(2.0, 4.5) * _PATIENCE[backend]
         return Life(fate=fate, after_s=after_s, pause_s=pause_s, arm=arm)
     return Life(fate=fate, after_s=rng.uniform(0.2, 2.5), pause_s=pause_s)
 
@@ -77,8 +80,8 @@ def ends_by_term(plan: Life) -> bool:
     return plan.fate == "term" or (plan.arm is not None and plan.arm.point in _AT_THE_END)
 
 
-def _arm(rng: random.Random, action: str) -> Arm:
-    points = [p for p in POINTS if action == "kill" or p not in _AT_THE_END]
+def _arm(rng: random.Random, action: str, backend: str) -> Arm:
+    points = [p for p in points_of(backend) if action == "kill" or p not in _AT_THE_END]
     point = rng.choices(points, [_OFTEN.get(p.split(".")[0], 1) for p in points])[0]
     most = 12 if point.split(".")[0] in _BACKGROUND else 3
     return Arm(point=point, action=action, hit=rng.randint(1, most))

@@ -34,6 +34,8 @@ class Report:
     bells: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    #: What the platform did for it, by its own account.
+    platform: Counter[str] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
     #: The same, where a worker was there that nothing disturbed from the death to the adoption.
     calm_latencies_s: list[float] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {
+            "backend": self.options.backend,
             "seed": self.options.seed,
             "duration_s": round(self.duration_s, 1),
             "ops": self.ops,
@@ -86,6 +89,7 @@ class Report:
             "slow_adoptions": self.slow_adoptions,
             "retries": self.retries,
             "notes": dict(self.notes),
+            "platform": dict(self.platform),
             "lost": len(self.lost),
             "doubled": len(self.doubled),
             "hung": len(self.hung),

@@ -7,6 +7,7 @@ import time
 from cifixer_exec import AppConfig
 from cifixer_exec.wiring import make_reaper
 from tests.support.chaos_stack import (
+    ONE_BACKEND,
     SHORT,
     SHORT_OUTPUT,
     Client,
@@ -39,6 +40,7 @@ def test_a_command_whose_caller_is_killed_ends_by_itself_and_the_next_process_ha
     sandbox.teardown()
 
 
+@ONE_BACKEND
 def test_a_new_process_takes_over_while_the_command_of_a_killed_caller_runs(standing: Crew) -> None:
     sandbox = standing.sandbox()
     caller, heir = (Client(standing.config, "run", sandbox.sandbox_id, "inherited-op", SHORT) for _ in range(2))
@@ -71,6 +73,7 @@ def op_began(config: AppConfig, op_id: str) -> bool:
     return ask(config, lambda journal: journal.op(op_id)) is not None
 
 
+@ONE_BACKEND
 def test_a_creation_that_nobody_waits_for_any_more_is_not_begun_after_its_time(config: AppConfig, start: Crew) -> None:
     short = config.with_(start_timeout_s=1.0)
     creator = Client(short, "create", "too-late")

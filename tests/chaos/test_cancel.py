@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cifixer_exec import AppConfig, Status
-from tests.support.chaos_stack import LEASE_S, Crew, kill, op, runs
+from tests.support.chaos_stack import LEASE_S, ONE_BACKEND, Crew, kill, op, runs
 from tests.support.contract_probes import running, wait_until
 from tests.support.contract_stack import processes_mentioning
 
@@ -23,6 +23,7 @@ def marker() -> str:
     return str(500_000_000 + secrets.randbelow(400_000_000))
 
 
+@ONE_BACKEND
 def test_a_command_that_is_killed_while_no_worker_lives_never_starts(config: AppConfig, start: Crew) -> None:
     first = start()
     sandbox = start.sandbox()
@@ -39,6 +40,7 @@ def test_a_command_that_is_killed_while_no_worker_lives_never_starts(config: App
     assert op(config, handle.op_id).attempt == 0
 
 
+@ONE_BACKEND
 def test_a_command_that_is_killed_while_its_worker_is_busy_never_starts(standing: Crew) -> None:
     sandbox = standing.sandbox()
     busy = [sandbox.start_command("read line; echo got $line", stdin_open=True) for _ in range(7)]
@@ -94,6 +96,7 @@ def test_no_process_is_left_when_the_call_returns_although_the_owner_was_killed_
     assert [runs(sandbox) for sandbox in sandboxes] == [1] * 4
 
 
+@ONE_BACKEND
 def test_a_long_batch_that_is_cancelled_while_its_owner_dies_leaves_no_process(config: AppConfig, start: Crew, marker: str) -> None:
     """Its runner has dropped the records of the first commands: that they ended is known, how is not."""
     owner = start()

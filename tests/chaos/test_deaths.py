@@ -8,36 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cifixer_exec import AppConfig, ExecResult, SandboxEnvironment, SandboxLostError, Status
+from cifixer_exec import AppConfig, SandboxLostError, Status
 from cifixer_exec.model import MIB
 from tests.support.chaos_deaths import kill_all, kill_init
+from tests.support.chaos_losses import FOREVER, TOLD_S, check_lost, check_refused
 from tests.support.chaos_stack import LEASE_S, Crew, alive, kill, platform_ids, registered, run_in_background
 from tests.support.contract_probes import wait_until
 
 Death = Callable[[AppConfig, str], None]
 DEATHS = pytest.mark.parametrize("die", [kill_init, kill_all], ids=["init", "all"])
-TOLD_S = 5.0
-FOREVER = "echo started >> ran; echo begun; exec sleep 600"
+#: A lifetime that ends when there was time for some commands and a second worker.
+LATE_S = 5.0
 BOMB = "echo started >> ran; echo begun; f() { f | f & }; f & exec sleep 600"  # its own shell forks once, while it surely can
 HOG = "echo started >> ran; echo begun; sleep 1; tail /dev/zero"
-
-
-def check_lost(result: ExecResult, said: str = "") -> None:
-    assert (result.status, result.exit_code, result.stdout) == (Status.SANDBOX_LOST, None, b"begun\n"), result
-    assert result.cause
-    assert said in result.cause, result.cause
-
-
-def check_refused(sandbox: SandboxEnvironment) -> None:
-    """Whatever comes next: lost with a cause, by result or by error."""
-    try:
-        result = sandbox.run_command("echo never")
-    except SandboxLostError as error:
-        cause = str(error).removeprefix(f"sandbox {sandbox.sandbox_id} is lost: ")
-    else:
-        assert (result.status, result.stdout) == (Status.SANDBOX_LOST, b""), result
-        cause = result.cause
-    assert cause
 
 
 @DEATHS
@@ -112,9 +95,9 @@ def test_sandboxes_that_died_with_their_owner_are_found_lost_by_the_adopter(
     config: AppConfig, start: Crew, threads: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     owner = start()
-    by_init, by_all, by_age = start.sandbox(), start.sandbox(), start.sandbox(lifetime_s=4)
     hungry, bombed = start.sandbox(memory_bytes=96 * MIB), start.sandbox(max_processes=64)
-    idle, aged = start.sandbox(), start.sandbox(lifetime_s=4)
+    by_init, by_all, idle = start.sandbox(), start.sandbox(), start.sandbox()
+    by_age, aged = start.sandbox(lifetime_s=LATE_S), start.sandbox(lifetime_s=LATE_S)
     futures = [run_in_background(threads, sandbox, FOREVER) for sandbox in (by_init, by_all, by_age)]
     hog = run_in_background(threads, hungry, HOG)
     bomb = run_in_background(threads, bombed, BOMB, timeout_s=4)
@@ -125,7 +108,7 @@ def test_sandboxes_that_died_with_their_owner_are_found_lost_by_the_adopter(
     kill_all(config, by_all.sandbox_id)
     kill_init(config, idle.sandbox_id)
     next_ones = [threads.submit(check_refused, idle)]
-    wait_until(lambda: not alive(config, aged.sandbox_id), "its lifetime ends", 4)
+    wait_until(lambda: not alive(config, aged.sandbox_id), "its lifetime ends", LATE_S)
     next_ones.append(threads.submit(check_refused, aged))
     bound = died + LEASE_S + 2
     for future, said in ((futures[0], ""), (futures[1], ""), (futures[2], "lifetime")):

@@ -11,10 +11,11 @@ import pytest
 
 from cifixer_exec import AppConfig, OperationConflictError
 from cifixer_exec.queues import pool_queue
-from tests.support.chaos_stack import Client, Crew, op, pause, platform_ids, queue_here, raw_redis, resume, runs
+from tests.support.chaos_stack import ONE_BACKEND, Client, Crew, op, pause, platform_ids, queue_here, raw_redis, resume, runs
 from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import WorkerProcess
 
+pytestmark = ONE_BACKEND
 LEDGER = "echo started >> ran; sleep 0.5; echo done; exit 7"
 
 

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from cifixer_exec import AppConfig, create_sandbox
-from tests.support.chaos_stack import COUNT, EXPECTED, LEASE_S, Crew, check_once, run_in_background
+from tests.support.chaos_stack import COUNT, EXPECTED, LEASE_S, ONE_BACKEND, Crew, check_once, run_in_background
 from tests.support.redis_server import RedisServer
 
 
@@ -37,6 +37,7 @@ def test_an_owner_that_is_paused_is_fenced_and_harms_nothing(config: AppConfig, 
         assert sandbox.run_command("echo still here").stdout == b"still here\n"
 
 
+@ONE_BACKEND
 def test_a_paused_worker_without_a_peer_takes_its_sandbox_up_again(config: AppConfig, start: Crew) -> None:
     only = start()
     with create_sandbox(config) as sandbox, ThreadPoolExecutor(1) as threads:
@@ -50,6 +51,7 @@ def test_a_paused_worker_without_a_peer_takes_its_sandbox_up_again(config: AppCo
         assert handle.wait().status == "killed"
 
 
+@ONE_BACKEND
 def test_a_redis_that_is_away_for_a_moment_leaves_nobody_waiting(config: AppConfig, server: RedisServer, start: Crew) -> None:
     start()
     with create_sandbox(config) as sandbox, ThreadPoolExecutor(4) as threads:
@@ -63,6 +65,7 @@ def test_a_redis_that_is_away_for_a_moment_leaves_nobody_waiting(config: AppConf
         assert sandbox.run_command("echo on").stdout == b"on\n"
 
 
+@ONE_BACKEND
 def test_a_worker_that_is_told_to_end_hands_over_what_runs(config: AppConfig, start: Crew) -> None:
     start(), start()
     with create_sandbox(config) as sandbox, ThreadPoolExecutor(1) as threads:
@@ -72,6 +75,7 @@ def test_a_worker_that_is_told_to_end_hands_over_what_runs(config: AppConfig, st
         check_once(sandbox, future.result(timeout=40))
 
 
+@ONE_BACKEND
 def test_a_worker_that_is_full_with_commands_still_feeds_and_ends_them(config: AppConfig, start: Crew) -> None:
     start()
     with create_sandbox(config) as sandbox:
@@ -96,6 +100,7 @@ print(json.dumps(run_command.delay(sys.argv[1], sys.argv[2], timeout_s=60).get(t
 """
 
 
+@ONE_BACKEND
 def test_the_result_of_a_raw_task_outlives_the_end_of_its_worker(config: AppConfig, start: Crew) -> None:
     first = start()
     with create_sandbox(config) as sandbox:

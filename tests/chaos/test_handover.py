@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -14,8 +13,8 @@ import pytest
 
 from cifixer_exec import AppConfig, ExecutorError, QueueUnavailableError, SandboxEnvironment, attach
 from cifixer_exec.backends.registry import make_backend
-from tests.support.chaos_stack import COUNT, LEASE_S, Crew, check_once, kill, queue_here, raw_redis, run_in_background
-from tests.support.contract_stack import processes_mentioning
+from tests.support.chaos_deaths import frozen
+from tests.support.chaos_stack import COUNT, LEASE_S, ONE_BACKEND, Crew, check_once, kill, queue_here, raw_redis, run_in_background
 
 GRACE_S = 8.0
 AT_ONCE_S = 2.0
@@ -81,9 +80,7 @@ def test_a_slow_operation_of_one_sandbox_does_not_hold_the_others_while_its_work
     start()
     running = run_in_background(threads, busy, COUNT)
     busy.run_command("mkdir many; cd many; i=0; while [ $i -lt 20000 ]; do : > f$i; i=$((i + 1)); done", timeout_s=60)
-    frozen = runner_of(slow)
-    os.kill(frozen, signal.SIGSTOP)
-    try:
+    with frozen(config, slow.sandbox_id):
         hanging = threads.submit(slow.exists, "x")
         removing = threads.submit(busy.remove, "many", recursive=True)
         time.sleep(0.1)
@@ -93,18 +90,11 @@ def test_a_slow_operation_of_one_sandbox_does_not_hold_the_others_while_its_work
         assert busy.run_command("echo on").stdout == b"on\n"
         assert time.monotonic() - begun < GRACE_S / 2
         check_once(busy, running.result(timeout=20))
-    finally:
-        os.kill(frozen, signal.SIGCONT)
     assert hanging.result(timeout=20) is False
     assert old.process.wait(20) == 0
 
 
-def runner_of(sandbox: SandboxEnvironment) -> int:
-    """The host's pid of a sandbox's PID 1."""
-    found = [line for line in processes_mentioning(sandbox.sandbox_id) if "runner serve" in line and "bwrap" not in line]
-    return int(found[0].split()[0])
-
-
+@ONE_BACKEND
 def test_without_a_peer_callers_are_told_the_placement_and_the_queue_and_a_new_worker_takes_over(
     config: AppConfig, start: Crew, threads: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,8 +21,8 @@ from tests.chaos.beat import Beat
 from tests.chaos.cases import EXPECTED, OP, Outcome, Stage, Story, stage_config, until
 from tests.chaos.plan import LEASE_S
 from tests.chaos.workers import Worker, Workers
-from tests.support.contract_stack import check_present
-from tests.support.failpoints import POINTS, Arm
+from tests.support.contract_stack import on_present_backend
+from tests.support.failpoints import Arm, points_of
 from tests.support.redis_proxy import Port, RedisProxy
 from tests.support.redis_server import redis_server
 
@@ -51,6 +51,16 @@ REMOVE = (Arm(point="call.after", kind="file", hit=2),)
 EXTEND = _arms("extend", "extend.before", "extend.after", "set_expiry.after")
 
 
+#: With containers: where the worker, the daemon and the container can differ about what has happened.
+DOCKER_COMMAND = (
+    *_arms("start", "start.before", "start.sent", "output.next", "finish.before"),
+    Arm(point="start.before", action="freeze", kind="start"),
+)
+DOCKER_CREATE = _arms("create", "daemon.create_container.before", "daemon.create_container.after", "daemon.start.after", "ready.before")
+DOCKER_DESTROY = _arms("destroy", "daemon.remove_container.before", "daemon.remove_container.after", "finish.before")
+DOCKER_EXTEND = _arms("extend", "daemon.create_volume.after", "daemon.remove_volume.before", "daemon.remove_volume.after")
+
+
 def _named(kind: str, arms: Iterable[Arm], story: Story) -> dict[str, tuple[Arm, Story]]:
     return {f"{kind}-{arm.action}-{arm.point}": (arm, story) for arm in arms}
 
@@ -63,16 +73,27 @@ CASES = {
     **_named("remove", REMOVE, cases.remove_file),
     **_named("extend", EXTEND, cases.extend),
 }
+DOCKER_CASES = {
+    **_named("command", DOCKER_COMMAND, cases.run_command),
+    **_named("create", DOCKER_CREATE, cases.nothing),
+    **_named("create", [Arm(point="daemon.create_container.before", action="freeze", kind="create")], cases.nothing),
+    **_named("destroy", DOCKER_DESTROY, cases.nothing),
+    **_named("write", _arms("file", "call.after"), cases.write_file),
+    **_named("extend", DOCKER_EXTEND, cases.extend_twice),
+}
+ON = {"local": CASES, "docker_local": DOCKER_CASES}
+ALL = [(backend, name) for backend, found in ON.items() for name in found]
+CONTENT: dict[Story, bytes] = {cases.write_file: b"content", cases.extend_twice: b"moved"}
 Played = dict[str, Outcome]
 
 
-async def _play_all(redis_url: str, directory: Path, names: list[str]) -> Played:
+async def _play_all(backend: str, redis_url: str, directory: Path, names: list[str]) -> Played:
     workers, turns = await Workers.start(directory), asyncio.Semaphore(_AT_ONCE)
 
     async def one(name: str) -> Outcome:
-        arm, story = CASES[name]
+        arm, story = ON[backend][name]
         async with turns:
-            config = stage_config(redis_url, f"kp{uuid4().hex[:8]}", directory / "state" / name)
+            config = stage_config(backend, redis_url, f"kp{uuid4().hex[:8]}", directory / "state" / name)
             return await cases.play(workers, config, arm, story)
 
     try:
@@ -91,28 +112,29 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def played(request: pytest.FixtureRequest, redis_url: str, directory: Path) -> Played:
-    """The outcomes of the cases that this run of pytest asks for."""
-    check_present("local", AppConfig(state_dir=directory / "probe"))
+def played(request: pytest.FixtureRequest, backend: str, redis_url: str, directory: Path) -> Played:
+    """The outcomes of the backend's cases that this run of pytest asks for."""
+    on_present_backend(backend, AppConfig(state_dir=directory / "probe"))
     here = [i for i in request.session.items if isinstance(i, pytest.Function) and i.module is request.module and hasattr(i, "callspec")]
-    collected = {item.callspec.params.get("name") for item in here}
-    return asyncio.run(_play_all(redis_url, directory, [n for n in CASES if n in collected]))
+    collected = {(item.callspec.params.get("backend"), item.callspec.params.get("name")) for item in here}
+    names = [n for b, n in ALL if b == backend and (b, n) in collected]
+    return asyncio.run(_play_all(backend, redis_url, directory / backend, names))
 
 
 @pytest.mark.timeout(300)  # the first one plays them all
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_lost_or_doubled(played: Played, name: str) -> None:
-    arm, story = CASES[name]
+@pytest.mark.parametrize(("backend", "name"), ALL, indirect=["backend"], scope="module")
+def test_nothing_is_lost_or_doubled(played: Played, backend: str, name: str) -> None:
+    arm, story = ON[backend][name]
     outcome = played[name]
     if outcome.error is not None:
         raise outcome.error
     assert f"{arm.action} {arm.point}" in outcome.passed, outcome.log
     assert outcome.ended == (-signal.SIGKILL if arm.action == "kill" else None)
-    assert outcome.left == 0
+    assert outcome.left == []
     if story is cases.run_command:
         _check_command(arm, outcome)
-    elif story is not cases.extend:
-        assert outcome.content == (b"content" if story is cases.write_file else b"")
+    else:
+        assert outcome.content == CONTENT.get(story, b"")
 
 
 def _check_command(arm: Arm, outcome: Outcome) -> None:
@@ -126,10 +148,10 @@ def _check_command(arm: Arm, outcome: Outcome) -> None:
     assert op.attempt == (2 if begun else 1)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "freeze" in n])
+@pytest.mark.parametrize(("backend", "name"), [(b, n) for b, n in ALL if "freeze" in n], indirect=["backend"], scope="module")
 def test_who_wakes_up_late_is_refused(played: Played, name: str) -> None:
-    """A late start by the runner, which has met the next owner; a late finish by Redis."""
-    assert f"fenced by {'the runner' if 'start' in name else 'Redis'}" in played[name].log
+    """A late start, and a late creation, by the runner, which has met the next owner; a late finish by Redis."""
+    assert f"fenced by {'Redis' if 'finish' in name else 'the runner'}" in played[name].log
 
 
 def _reap(config: AppConfig) -> None:
@@ -153,20 +175,21 @@ async def _cast_doubt(stage: Stage, worker: Worker, proxy: RedisProxy, port: Por
             return
 
 
-async def _reach_all(directory: Path) -> tuple[list[str], str]:
+async def _reach_all(backend: str, directory: Path) -> tuple[list[str], str]:
     with redis_server() as server:
         proxy, workers = RedisProxy(server.port), await Workers.start(directory)
         port = proxy.port()
-        stage = Stage(workers, stage_config(server.tcp_url, f"kp{uuid4().hex[:8]}", directory / "state"))
+        stage = Stage(workers, stage_config(backend, server.tcp_url, f"kp{uuid4().hex[:8]}", directory / "state"))
         try:
             worker = await stage.worker(
-                *(Arm(point=p, action="note") for p in POINTS), config=stage.config.with_(redis_url=proxy.url(port))
+                *(Arm(point=p, action="note") for p in points_of(backend)), config=stage.config.with_(redis_url=proxy.url(port))
             )
             await stage.sandbox.init()
             await cases.run_command(stage, Outcome())
             await stage.sandbox.extend(1000)
             other = create_async_sandbox(stage.config)
             await other.init()
+            await other.extend(1000)
             await other.teardown()
             await other.close()
             await asyncio.to_thread(_reap, stage.config)
@@ -183,9 +206,10 @@ async def _reach_all(directory: Path) -> tuple[list[str], str]:
             proxy.close()
 
 
-def test_every_point_can_be_reached(directory: Path) -> None:
-    points, log = asyncio.run(_reach_all(directory / "all"))
-    assert {f"note {p}" for p in POINTS} - set(points) == set(), log
+def test_every_point_can_be_reached(backend: str, directory: Path) -> None:
+    on_present_backend(backend, AppConfig(state_dir=directory / "probe"))
+    points, log = asyncio.run(_reach_all(backend, directory / f"all-{backend}"))
+    assert {f"note {p}" for p in points_of(backend)} - set(points) == set(), log
 
 
 def test_a_point_that_is_not_there_cannot_be_armed() -> None:

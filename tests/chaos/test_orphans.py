@@ -21,6 +21,7 @@ from cifixer_exec.model import SandboxSpec
 from cifixer_exec.wiring import make_reaper
 from tests.support.chaos_deaths import kill_all
 from tests.support.chaos_stack import (
+    ONE_BACKEND,
     SHORT,
     SHORT_OUTPUT,
     Crew,
@@ -37,6 +38,8 @@ from tests.support.chaos_stack import (
 from tests.support.contract_probes import wait_until
 
 GRACE_S = 1.0
+#: How each backend says that somebody removed the sandbox.
+REMOVED = {"local": "it was torn down", "docker_local": "its container was removed"}
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def plant(config: AppConfig, count: int = 1) -> set[str]:
     backend = make_backend(config)
     planted = {f"orphan-{uuid.uuid4().hex[:8]}" for _ in range(count)}
     for sandbox_id in planted:
-        backend.create(SandboxSpec(backend="local", sandbox_id=sandbox_id, lifetime_s=300))
+        backend.create(SandboxSpec(backend=config.execution_backend, sandbox_id=sandbox_id, lifetime_s=300))
     time.sleep(GRACE_S + 0.1)
     return planted
 
@@ -73,7 +76,7 @@ def test_orphans_go_by_the_message_of_beat_and_what_is_alive_or_not_ours_stays(
     future = run_in_background(threads, busy, SHORT)
     theirs = plant(neighbour)
     stranger = config.state_dir / config.namespace / "notes"
-    stranger.mkdir()
+    stranger.mkdir(parents=True)
     process = subprocess.Popen(["sleep", "600"], cwd=stranger)
     orphans = plant(config, 3)
     young = standing.sandbox()
@@ -116,7 +119,7 @@ def test_the_entry_of_a_sandbox_that_vanished_is_closed_with_the_cause_and_nothi
     kill_all(config, killed.sandbox_id)
     make_backend(config).destroy(handle_of(config, removed.sandbox_id))
     send_reap(config)
-    for sandbox, cause in ((killed, ""), (removed, "it was torn down")):
+    for sandbox, cause in ((killed, ""), (removed, REMOVED[config.execution_backend])):
         wait_until(lambda sandbox=sandbox: registered(config, sandbox.sandbox_id).state == "lost", "the entry is closed", 10)  # type: ignore[misc]
         record = registered(config, sandbox.sandbox_id)
         assert record.cause
@@ -160,6 +163,7 @@ def test_many_reap_tasks_at_once_on_two_workers_do_no_harm(config: AppConfig, st
     assert {name for name in orphans if f"reaped: sandbox {name}" in said} == orphans
 
 
+@ONE_BACKEND
 def test_beat_itself_has_an_orphan_reaped(config: AppConfig, start: Crew) -> None:
     start()
     live = start.sandbox()

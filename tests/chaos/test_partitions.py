@@ -23,7 +23,7 @@ from tests.support.chaos_stack import (
     run_in_background,
 )
 from tests.support.contract_probes import wait_until
-from tests.support.contract_stack import WorkerProcess, check_present, workers
+from tests.support.contract_stack import WorkerProcess, on_present_backend, workers
 from tests.support.redis_proxy import RedisProxy
 from tests.support.redis_server import RedisServer
 
@@ -33,10 +33,9 @@ COMMAND, OUTPUT = counting(lines=100)
 
 @pytest.fixture
 def config(server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
-    """With the default lease."""
+    """With the default lease. On one backend: what is cut or stopped is on the other side of the worker."""
     made = AppConfig(redis_url=server.url, namespace=namespace, state_dir=tmp_path / "state", drain_s=1.0)
-    check_present("local", made)
-    return made
+    return on_present_backend("local", made)
 
 
 @pytest.mark.timeout(180)

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 from cifixer_exec import AppConfig
-from tests.support.chaos_stack import COUNT, EXPECTED, Crew, alive, kill, pause, runs
+from tests.support.chaos_stack import COUNT, EXPECTED, ONE_BACKEND, Crew, alive, kill, pause, runs
 from tests.support.contract_probes import wait_until
 
+pytestmark = ONE_BACKEND
 RAW = """
 import json, sys
 from cifixer_exec import tasks

@@ -15,6 +15,7 @@ from tests.support.chaos_stack import (
     COUNT,
     EXPECTED,
     LEASE_S,
+    ONE_BACKEND,
     Crew,
     alive,
     ask,
@@ -32,12 +33,13 @@ from tests.support.chaos_stack import (
     send_reap,
 )
 from tests.support.contract_probes import wait_until
-from tests.support.contract_stack import check_present
+from tests.support.contract_stack import on_present_backend
 from tests.support.redis_server import RedisServer, redis_server
 
 BACK_S = 10.0
 
 
+@ONE_BACKEND
 def test_a_redis_with_its_append_only_file_lets_everyone_go_on_soon(
     config: AppConfig, server: RedisServer, start: Crew, threads: ThreadPoolExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,13 +87,12 @@ def forgetful() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def amnesia(forgetful: RedisServer, namespace: str, tmp_path: Path) -> Iterator[Crew]:
+def amnesia(backend: str, forgetful: RedisServer, namespace: str, tmp_path: Path) -> Iterator[Crew]:
     """Workers at a Redis that forgets all when it is restarted; they reap what is two seconds old."""
     config = AppConfig(
         redis_url=forgetful.url, namespace=namespace, state_dir=tmp_path / "state", lease_s=LEASE_S, drain_s=1.0, creation_grace_s=2.0
     )
-    check_present("local", config)
-    crew = Crew(config, tmp_path)
+    crew = Crew(on_present_backend(backend, config), tmp_path)
     yield crew
     crew.end()
 
@@ -114,6 +115,7 @@ def eventually(action: Callable[[], None], until: float) -> None:
         time.sleep(0.1)
 
 
+@ONE_BACKEND
 def test_a_redis_that_lost_everything_is_told_to_who_waits(forgetful: RedisServer, amnesia: Crew, threads: ThreadPoolExecutor) -> None:
     amnesia()
     sandbox = amnesia.sandbox()
@@ -179,6 +181,7 @@ def test_a_teardown_that_a_forgetful_redis_answers_is_done_all_the_same(forgetfu
     wait_until(lambda: platform_ids(amnesia.config) == set(), "it is gone", 10)
 
 
+@ONE_BACKEND
 def test_a_snapshot_that_is_a_moment_too_old_does_not_cost_a_sandbox(
     forgetful: RedisServer, amnesia: Crew, threads: ThreadPoolExecutor
 ) -> None:
@@ -196,6 +199,7 @@ def test_a_snapshot_that_is_a_moment_too_old_does_not_cost_a_sandbox(
     assert alive(amnesia.config, sandbox.sandbox_id)
 
 
+@ONE_BACKEND
 def test_an_op_that_its_worker_knows_nothing_of_is_given_up_and_run(config: AppConfig, start: Crew) -> None:
     """However it came to that: the journal believes that a living owner runs it, and it does not."""
     owner = start()

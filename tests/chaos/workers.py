@@ -45,6 +45,11 @@ class Worker:
             os.kill(self.pid, number)
         return True
 
+    @property
+    def began(self) -> bool:
+        """Whether Celery had set up its signal handlers for sure: its banner comes behind that."""
+        return "@chaos v" in self.text()
+
     def text(self) -> str:
         """All it said."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -1,33 +1,53 @@
-"""Ways in which a sandbox of the local backend dies behind everyone's back."""
+"""Ways in which a sandbox dies or stands still behind everyone's back, on each backend."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.local.processes import descendants
-
-
-def _pid(config: AppConfig, sandbox_id: str, file: str) -> int:
-    return int(json.loads((_directory(config, sandbox_id) / file).read_text())["pid"])
-
-
-def _directory(config: AppConfig, sandbox_id: str) -> Path:
-    return next(config.state_dir.glob(f"*/sandboxes/{sandbox_id}"))
+from tests.support import docker_containers
 
 
 def kill_init(config: AppConfig, sandbox_id: str) -> None:
     """The sandbox's PID 1, which is the runner: the kernel ends the rest."""
-    os.kill(_pid(config, sandbox_id, "init.json"), signal.SIGKILL)
+    if config.execution_backend == "docker_local":
+        docker_containers.kill_container(config, sandbox_id)
+    else:
+        os.kill(_pid(config, sandbox_id, "init.json"), signal.SIGKILL)
 
 
 def kill_all(config: AppConfig, sandbox_id: str) -> None:
-    """Every process of its directory, bubblewrap outside first, as an operator's ``pkill -f`` does it."""
+    """As an operator ends it: its container is removed; locally every process, bubblewrap outside first, as ``pkill -f`` does it."""
+    if config.execution_backend == "docker_local":
+        docker_containers.remove_container(config, sandbox_id)
+        return
     launched = _pid(config, sandbox_id, "launch.json")
     for pid in [launched, *descendants(launched), _pid(config, sandbox_id, "init.json")]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def frozen(config: AppConfig, sandbox_id: str) -> Iterator[None]:
+    """The sandbox's runner stands still for the ``with`` block; a container does as a whole."""
+    if config.execution_backend == "docker_local":
+        with docker_containers.paused_container(config, sandbox_id):
+            yield
+        return
+    runner = _pid(config, sandbox_id, "init.json")
+    os.kill(runner, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(runner, signal.SIGCONT)
+
+
+def _pid(config: AppConfig, sandbox_id: str, file: str) -> int:
+    found = next(config.state_dir.glob(f"*/sandboxes/{sandbox_id}"))
+    return int(json.loads((Path(found) / file).read_text())["pid"])

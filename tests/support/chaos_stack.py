@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import redis
 from celery import Celery
 from kombu import Exchange, Queue
@@ -27,10 +28,13 @@ from cifixer_exec.store.records import OpRecord, SandboxRecord
 from cifixer_exec.wiring import make_journal
 from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import WorkerProcess, workers
+from tests.support.docker_daemon import left_on_daemon
 
 T = TypeVar("T")
 #: Short, so that a dead owner costs a test little; tests/chaos/test_partitions.py has the default.
 LEASE_S = 3.0
+#: For tests of what is between Redis, workers and callers alone: what their sandboxes are makes no difference.
+ONE_BACKEND = pytest.mark.parametrize("backend", ["local"], indirect=True)
 
 
 class Crew:
@@ -88,6 +92,8 @@ class Crew:
         backend = make_backend(self.config)
         for owned in backend.list_owned():
             backend.destroy(owned.handle)
+        if backend.name == "docker_local":
+            assert left_on_daemon(self.config.namespace, self.config.docker_host) == []
 
 
 def kill(worker: WorkerProcess) -> None:

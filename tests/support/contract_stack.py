@@ -46,17 +46,39 @@ def check_daemon(name: str) -> None:
         try:
             docker_host()
         except NoDaemonError as error:
-            _absent(name, str(error))
+            absent(name, str(error))
 
 
 def check_present(name: str, config: AppConfig) -> None:
     """Skip, or fail if the backend is required, when its probe is not ok."""
     health = make_backend(config).probe()
     if not health.ok:
-        _absent(name, f"{health.summary}; remedy: {health.remedy or 'none known'}")
+        absent(name, f"{health.summary}; remedy: {health.remedy or 'none known'}")
 
 
-def _absent(name: str, why: str) -> NoReturn:
+def on_backend(name: str, config: AppConfig) -> AppConfig:
+    """``config`` for this backend, with what its tests need. Raises NoDaemonError where a daemon is needed and there is none."""
+    if name == "docker_local":
+        return config.with_(execution_backend=name, docker_host=docker_host(), image=image_for_tests(docker_host()))
+    return config.with_(execution_backend=name)
+
+
+#: The backends that were found to work: a probe makes a whole sandbox, and not each test needs one.
+_present: set[str] = set()
+
+
+def on_present_backend(name: str, config: AppConfig) -> AppConfig:
+    """As :func:`on_backend`; skip, or fail if the backend is required, when it does not work here."""
+    check_daemon(name)
+    made = on_backend(name, config)
+    if name not in _present:
+        check_present(name, made)
+        _present.add(name)
+    return made
+
+
+def absent(name: str, why: str) -> NoReturn:
+    """Skip the test, or let it fail if the backend is required."""
     said = f"backend {name!r} is not usable here: {why}"
     if name in required_backends():
         pytest.fail(said)
@@ -127,7 +149,6 @@ class ContractSession:
     def config(self, backend: str, dispatch: str) -> AppConfig:
         """The configuration of one variant. Raises NoDaemonError where a daemon is needed and there is none."""
         config = AppConfig(
-            execution_backend=backend,
             dispatch=dispatch,
             redis_url=self.redis_url,
             namespace=self.namespace,
@@ -135,9 +156,7 @@ class ContractSession:
             command_timeout_s=100.0,
             lifetime_s=900.0,
         )
-        if backend == "docker_local":
-            return config.with_(docker_host=docker_host(), image=image_for_tests(docker_host()))
-        return config
+        return on_backend(backend, config)
 
     def sandbox_id(self) -> str:
         """A new one, recognisable as ours."""

@@ -24,6 +24,7 @@ import docker
 #: Where the daemon is that a parent process of this one has started or found.
 HOST = "CIFIXER_TEST_DOCKER_HOST"
 _START_S = 30.0
+_STOP_S = 30.0
 #: What tests run in sandboxes, and what people expect to find there. Those that are missing here are missing there.
 _PROGRAMS = (
     "bash sh awk base64 basename cat chmod chown cp cut date dd df dirname du echo env expr false find getent git grep gzip "
@@ -54,42 +55,108 @@ def docker_host() -> str:
     for host in (os.environ.get(HOST, ""), os.environ.get("DOCKER_HOST", ""), "unix:///var/run/docker.sock"):
         if host and _answers(host):
             return host
-    if os.geteuid() != 0:
-        raise NoDaemonError("no Docker daemon answers, and only root can start one")
-    if shutil.which("dockerd") is None:
-        raise NoDaemonError("no Docker daemon answers, and dockerd is not installed (Debian: apt-get install docker.io)")
-    return _start()
+    try:
+        daemon = PrivateDaemon()
+    except NoDaemonError as error:
+        raise NoDaemonError(f"no Docker daemon answers, and {error}") from None
+    atexit.register(_end, daemon, os.getpid())
+    daemon.start()
+    os.environ[HOST] = daemon.host  # for the processes that tests start
+    return daemon.host
 
 
-def _start() -> str:
-    directory = Path(tempfile.mkdtemp(prefix="dd-"))  # short: a socket's path has at most 107 bytes
-    directory.chmod(0o711)
-    host = f"unix://{directory / 'docker.sock'}"
-    command = ["dockerd", "--host", host, "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")]
-    command += ["--pidfile", str(directory / "pid"), "--iptables=false", "--bridge=none"]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    atexit.register(_stop, process, directory, os.getpid())
-    give_up = time.monotonic() + _START_S
-    while not _answers(host):
-        if process.poll() is not None or time.monotonic() > give_up:
-            said = (directory / "log").read_text(errors="replace")[-800:]
-            raise NoDaemonError(f"dockerd did not start: {said}")
-        time.sleep(0.1)
-    os.environ[HOST] = host  # for the processes that tests start
-    return host
+def _end(daemon: PrivateDaemon, owner: int) -> None:
+    if os.getpid() == owner:
+        daemon.end()
 
 
-def _stop(process: subprocess.Popen[bytes], directory: Path, owner: int) -> None:
-    if os.getpid() != owner:
-        return
-    process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-    shutil.rmtree(directory, ignore_errors=True)
+class PrivateDaemon:
+    """A daemon with a data root, a socket and control groups of its own, to be stopped, killed and started again. Only root can."""
+
+    def __init__(self) -> None:
+        if os.geteuid() != 0:
+            raise NoDaemonError("only root can start a Docker daemon")
+        if shutil.which("dockerd") is None:
+            raise NoDaemonError("dockerd is not installed (Debian: apt-get install docker.io)")
+        self.directory = Path(tempfile.mkdtemp(prefix="dd-"))  # short: a socket's path has at most 107 bytes
+        self.directory.chmod(0o711)
+        self.host = f"unix://{self.directory / 'docker.sock'}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: str) -> None:
+        """Returns when it answers. ``options`` are dockerd's. Raises NoDaemonError."""
+        command = ["dockerd", "--host", self.host, "--data-root", str(self.directory / "data")]
+        command += ["--exec-root", str(self.directory / "exec"), "--pidfile", str(self.directory / "pid")]
+        command += ["--cgroup-parent", f"/{self.directory.name}", "--iptables=false", "--bridge=none", *options]
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        give_up = time.monotonic() + _START_S
+        while not _answers(self.host):
+            if self._process.poll() is not None or time.monotonic() > give_up:
+                said = (self.directory / "log").read_text(errors="replace")[-800:]
+                raise NoDaemonError(f"dockerd did not start: {said}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """SIGTERM: its containers end, unless it has ``--live-restore``. Returns when it has ended."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL. The containers live on, each with its shim; containerd asked the kernel to end it with its parent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        give_up = time.monotonic() + _STOP_S
+        while any("containerd --config" in command for command in self.processes().values()) and time.monotonic() < give_up:
+            time.sleep(0.02)
+        # Until somebody waits for it, the next dockerd would take its pid for that of a living one.
+        (self.directory / "exec/containerd/containerd.pid").unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Nothing is left: no process, mount, control group or file. Raises RuntimeError when something is."""
+        self.stop()
+        self._end_processes()
+        self._unmount()
+        self._remove_groups()
+        shutil.rmtree(self.directory)
+
+    def processes(self) -> dict[int, str]:
+        """What runs for it, by pid: containerd, the shims, and what is in the containers."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with suppress(OSError):
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                    groups = (entry / "cgroup").read_text()
+                    if f"{self.directory}/" in command or f"/{self.directory.name}/" in groups:
+                        found[int(entry.name)] = command[:200]
+        return found
+
+    def _end_processes(self) -> None:
+        give_up = time.monotonic() + _STOP_S
+        while left := self.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"these do not end: {left}")
+            time.sleep(0.05)
+
+    def _unmount(self) -> None:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        below = [line.split()[4] for line in lines if line.split()[4].startswith(f"{self.directory}/")]
+        for point in reversed(below):
+            subprocess.run(["umount", "--lazy", point], check=True)
+
+    def _remove_groups(self) -> None:
+        for top in [*Path("/sys/fs/cgroup").glob(f"*/{self.directory.name}"), *Path("/sys/fs/cgroup").glob(self.directory.name)]:
+            for directory, _, _ in os.walk(top, topdown=False):
+                os.rmdir(directory)
 
 
 def _answers(host: str) -> bool:
@@ -130,9 +197,9 @@ def image_for_tests(host: str) -> str:
     return name
 
 
-def left_on_daemon(namespace: str) -> list[str]:
-    """What a test run's namespace still has on the daemon."""
-    client = docker.APIClient(base_url=docker_host(), version="auto", timeout=30)
+def left_on_daemon(namespace: str, host: str = "") -> list[str]:
+    """What a test run's namespace still has on the daemon at ``host``, or on the one of the tests."""
+    client = docker.APIClient(base_url=host or docker_host(), version="auto", timeout=30)
     try:
         wanted = {"label": "cifixer.namespace"}
         containers = [(f"container {c['Names']}", c["Labels"]) for c in client.containers(all=True, filters=wanted)]

@@ -26,13 +26,21 @@ _JOURNAL = (
 _BACKEND = ("create", "destroy", "extend", "inspect", "list_owned")
 #: ``start.sent``: the runner has the request, nobody has seen its answer. ``start.ended``: the record was seen, and told to nobody.
 _COMMAND = ("start.before", "start.sent", "output.first", "output.next", "start.ended")
+#: The steps of a verb of the Docker backend, by the names that docker-py gives them: between two of them something is half made.
+_DAEMON = ("create_container", "start", "remove_container", "create_volume", "remove_volume")
 
 POINTS: tuple[str, ...] = (
     *(f"{verb}.{side}" for verb in (*_JOURNAL, *_BACKEND, "call") for side in ("before", "after")),
     *_COMMAND,
 )
+DAEMON_POINTS = tuple(f"daemon.{verb}.{side}" for verb in _DAEMON for side in ("before", "after"))
 ACTIONS = ("kill", "freeze", "hold", "note")
 HOLD_S = 2.0
+
+
+def points_of(backend: str) -> tuple[str, ...]:
+    """Those that a worker of ``backend`` passes."""
+    return POINTS + DAEMON_POINTS if backend == "docker_local" else POINTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +60,8 @@ class Arm:
     kind: str = ""
 
     def __post_init__(self) -> None:
-        if self.point not in POINTS:
-            raise ValueError(f"failpoint {self.point!r} is not known: take one of {', '.join(POINTS)}")
+        if self.point not in (*POINTS, *DAEMON_POINTS):
+            raise ValueError(f"failpoint {self.point!r} is not known: take one of {', '.join((*POINTS, *DAEMON_POINTS))}")
         if self.action not in ACTIONS:
             raise ValueError(f"action {self.action!r} is not known: take one of {', '.join(ACTIONS)}")
 
@@ -108,14 +116,20 @@ class Failpoints:
 
 def install(arms: Sequence[Arm], report: Path) -> None:
     """Arm this process for good. Each point that acts first writes ``<action> <point> <pid>`` to the end of ``report``."""
+    from docker import APIClient
+
+    from cifixer_exec.backends.docker_local import DockerBackend
     from cifixer_exec.backends.local import LocalBackend
     from cifixer_exec.store.journal import Journal
 
     points = Failpoints(arms, report)
     for verb in _JOURNAL:
         setattr(Journal, verb, _around_coroutine(getattr(Journal, verb), verb, points))
-    for verb in _BACKEND:
-        setattr(LocalBackend, verb, _around_function(getattr(LocalBackend, verb), verb, points))
+    for backend in (LocalBackend, DockerBackend):
+        for verb in _BACKEND:
+            setattr(backend, verb, _around_function(getattr(backend, verb), verb, points))
+    for verb in _DAEMON:
+        setattr(APIClient, verb, _around_function(getattr(APIClient, verb), f"daemon.{verb}", points))
     _wrap_execution(points)
     _wrap_commands(points)
 
@@ -165,11 +179,12 @@ def _wrap_execution(points: Failpoints) -> None:
 
 
 def _wrap_commands(points: Failpoints) -> None:
+    from cifixer_exec.backends.docker_local.stream import ExecTransport
     from cifixer_exec.channel.channel import Channel
     from cifixer_exec.channel.transport import SocketTransport
     from cifixer_exec.model import ExecRecord
 
-    run, send = Channel.run, SocketTransport.send
+    run = Channel.run
 
     @functools.wraps(run)
     async def running(self: Channel, *arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
@@ -184,11 +199,16 @@ def _wrap_commands(points: Failpoints) -> None:
                     first = False
                 yield item
 
+    setattr(Channel, "run", running)  # noqa: B010
+    for transport in (SocketTransport, ExecTransport):
+        setattr(transport, "send", _sending(transport.send, points))  # noqa: B010
+
+
+def _sending(send: Callable[[Any, bytes], None], points: Failpoints) -> Callable[[Any, bytes], None]:
     @functools.wraps(send)
-    def sent(self: SocketTransport, data: bytes) -> None:
-        send(self, data)  # on the loop, which writes at once: the kernel gives it to the runner even if this process dies now
+    def sent(self: Any, data: bytes) -> None:
+        send(self, data)  # on the loop, which writes at once: the kernel keeps it for the other side even if this process dies now
         if b'"verb":"start"' in data[:200]:
             points.hit("start.sent")
 
-    setattr(Channel, "run", running)  # noqa: B010
-    setattr(SocketTransport, "send", sent)  # noqa: B010
+    return sent

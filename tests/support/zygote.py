@@ -29,6 +29,7 @@ _NEEDED = (
     "celery.bin.celery",
     "celery.concurrency.thread",
     "kombu.transport.redis",
+    "cifixer_exec.backends.docker_local",
     "cifixer_exec.backends.local",
     "cifixer_exec.tasks",
 )

@@ -18,7 +18,7 @@ from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.docker_local import images, layout
 from cifixer_exec.backends.docker_local.containers import Containers, DockerOptions, is_alive
 from cifixer_exec.backends.docker_local.daemon import Address, Daemon, daemon_at
-from cifixer_exec.backends.docker_local.death import cause_of_death
+from cifixer_exec.backends.docker_local.death import REMOVED, cause_of_death
 from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, SET_AT, TOKEN, Names
 from cifixer_exec.backends.docker_local.networks import possible_networks
 from cifixer_exec.backends.docker_local.stream import RefusedError, dial_exec
@@ -141,7 +141,7 @@ class DockerBackend(Backend):
     def inspect(self, handle: SandboxHandle) -> Inspection:
         found = self._containers.find(handle.sandbox_id)
         if found is None or not self._containers.is_ours(found, handle.sandbox_id):
-            return Inspection(alive=False, cause="its container was removed")
+            return Inspection(alive=False, cause=REMOVED)
         if is_alive(found):
             return Inspection(alive=True)
         return Inspection(alive=False, cause=cause_of_death(self._daemon, found))

@@ -24,6 +24,7 @@ _NEAR_S = 5.0
 _WATCH_S, _LOOK_S = 0.8, 0.1
 #: How far the clocks of daemon and worker may be apart.
 _SKEW_S = 30.0
+REMOVED = "its container was removed"
 _RESTARTED = "the Docker daemon was stopped or restarted, and its containers with it"
 
 
@@ -33,6 +34,8 @@ def cause_of_death(daemon: Daemon, found: Mapping[str, Any]) -> str:
     code, error = int(state.get("ExitCode") or 0), str(state.get("Error") or "")
     if state.get("Status") == "created":
         return "its container was never started" + (f": {error}" if error else "")
+    if state.get("Status") in ("removing", "dead"):  # a removal by force kills it first
+        return REMOVED
     if code == _EXPIRED:
         return "its lifetime ended"
     if code in (_KILLED, _TERMINATED):

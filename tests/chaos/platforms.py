@@ -1,0 +1,100 @@
+"""The audit of the platform: nothing of ours is left there, and nothing of anybody else's was touched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+from cifixer_exec import AppConfig
+from cifixer_exec.backends.local import LocalBackend
+from cifixer_exec.backends.local.cgroups import detect
+from cifixer_exec.backends.registry import find_bwrap, make_backend
+from cifixer_exec.backends.runner import runner_path
+from cifixer_exec.model import SandboxSpec
+from tests.chaos.report import Report
+from tests.support.contract_stack import ContractSession, processes_mentioning
+from tests.support.docker_bystanders import Bystanders
+from tests.support.docker_events import ContainerEvents
+
+
+class Platform(Protocol):
+    """Watched from before the first worker to behind the last."""
+
+    def close(self) -> None:
+        """All is over, also if it went wrong."""
+
+    def check(self, report: Report) -> None:
+        """What is left, and what was harmed, as findings. Behind :meth:`close`."""
+
+
+def watch_platform(session: ContractSession, config: AppConfig) -> Platform:
+    """The one of ``config``'s backend."""
+    return (DockerDaemon if config.execution_backend == "docker_local" else LocalHost)(session, config)
+
+
+class LocalHost:
+    """No sandbox, process, control group, directory or lock."""
+
+    def __init__(self, session: ContractSession, config: AppConfig) -> None:
+        self._session = session
+        self._config = config
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def check(self, report: Report) -> None:
+        """What a killed worker was just removing is swept by whoever makes a sandbox a minute later; that minute is skipped here."""
+        report.findings += _listed(self._config) + self._session.leftovers()
+        report.notes["litter after kills"] += len(self._litter())
+        self._sweep_litter()
+        report.findings += [f"litter that no creation sweeps: {path}" for path in self._litter()]
+
+    def _litter(self) -> list[Path]:
+        return [p for p in self._config.state_dir.glob("*/*/*") if p.parent.name in ("sandboxes", "locks")]
+
+    def _sweep_litter(self) -> None:
+        config = self._config
+        backend = LocalBackend(
+            root=config.state_dir / config.namespace,
+            runner=runner_path(),
+            bwrap=find_bwrap(config.bwrap),
+            groups=detect(),
+            clock=lambda: time.time() + 120,
+        )
+        spec = SandboxSpec(backend="local", sandbox_id=f"{config.namespace}-sweep", lifetime_s=600)
+        backend.destroy(backend.create(spec))
+
+
+class DockerDaemon:
+    """No container, volume, exec or process of a container; and the bystanders are as they were."""
+
+    def __init__(self, session: ContractSession, config: AppConfig) -> None:
+        self._session = session
+        self._config = config
+        self._events = ContainerEvents(config.namespace)
+        self._bystanders = Bystanders(config.namespace, make_backend(config).placement)
+        self._harmed: list[str] = []
+
+    def close(self) -> None:
+        """The bystanders go; what they saw is kept."""
+        self._events.close()
+        self._harmed = self._bystanders.harmed()
+        self._bystanders.remove()
+
+    def check(self, report: Report) -> None:
+        """As the class says."""
+        report.findings += _listed(self._config) + self._session.leftovers() + self._harmed
+        events = self._events
+        report.platform.update({k: v for k, v in events.counts.items() if k in ("create", "destroy", "oom", "exec_start", "exec_die")})
+        report.platform["execs open in one container at its end, at most"] = events.most_execs
+        if events.most_execs > report.options.workers + 1:  # each worker may have one, and one may have died just now
+            report.findings.append(f"{events.most_execs} execs were open in one container: the bridges of dead owners do not end")
+        report.findings += [f"exec {e[:12]} is still running" for e in events.running_execs()]
+        report.findings += [f"container {c[:12]} was made and never destroyed" for c in events.created - events.destroyed]
+        for container in events.created:
+            report.findings += [f"process of container {container[:12]}: {p}" for p in processes_mentioning(container)]
+
+
+def _listed(config: AppConfig) -> list[str]:
+    return [f"sandbox {owned.handle.sandbox_id} is left on the platform" for owned in make_backend(config).list_owned()]
