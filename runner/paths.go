@@ -25,7 +25,7 @@ func underWorkspace(workspace, path string) string {
 type place struct {
 	root *os.Root
 	name string // relative to root, "." for the root itself
-	path string // absolute, symlinks resolved as far as was asked
+	path string // absolute, symlinks resolved as far as was asked; to be shown, not to be opened
 }
 
 func (p *place) close() { p.root.Close() }
@@ -75,7 +75,18 @@ func (s *server) resolve(path string, followLast bool) (*place, error) {
 	if err != nil {
 		return nil, fileFault(err, path)
 	}
-	return &place{root: opened, name: name, path: real}, nil
+	return &place{root: opened, name: name, path: s.shown(real)}, nil
+}
+
+// shown is a resolved path as its users know it: a root may itself be a link, and where that leads is no business of theirs.
+func (s *server) shown(real string) string {
+	for _, root := range s.options.roots() {
+		clean := filepath.Clean(root)
+		if target, err := filepath.EvalSymlinks(clean); err == nil && target != clean && within(real, target) {
+			return filepath.Join(clean, strings.TrimPrefix(real, target))
+		}
+	}
+	return real
 }
 
 func (s *server) forbidden(path string) error {

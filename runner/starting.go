@@ -150,9 +150,13 @@ func startMessage(r *startRequest, workspace string, withStdin bool) message {
 		m.numbers[0] = 1
 	}
 	m.strings = make([]string, 0, 2+len(r.Argv)+len(r.Env))
-	m.strings = append(m.strings, underWorkspace(workspace, string(r.Cwd)), strconv.Itoa(len(r.Argv)))
+	dir := underWorkspace(workspace, string(r.Cwd))
+	m.strings = append(m.strings, dir, strconv.Itoa(len(r.Argv)))
 	m.strings = append(m.strings, plainStrings(r.Argv)...)
 	m.strings = append(m.strings, inherited(r.Env)...)
+	if _, set := r.Env["PWD"]; !set { // a shell shows it instead of where a link on the way leads to; POSIX, pwd
+		m.strings = append(m.strings, "PWD="+dir)
+	}
 	for name, value := range r.Env {
 		m.strings = append(m.strings, string(name)+"="+string(value))
 	}
@@ -164,7 +168,7 @@ func inherited(own map[text]text) []string {
 	var kept []string
 	for _, pair := range os.Environ() {
 		name, _, _ := strings.Cut(pair, "=")
-		if _, set := own[text(name)]; !set {
+		if _, set := own[text(name)]; !set && name != "PWD" {
 			kept = append(kept, pair)
 		}
 	}

@@ -61,7 +61,7 @@ def test_a_relative_cwd_is_below_the_workspace(sandbox: SandboxEnvironment, name
 
 
 def test_an_absolute_cwd_is_taken(sandbox: SandboxEnvironment) -> None:
-    assert sandbox.run_command("pwd", cwd="/usr").text == "/usr\n"
+    assert [sandbox.run_command("pwd", cwd=path).text for path in ("/usr", "/tmp", "/workspace")] == ["/usr\n", "/tmp\n", "/workspace\n"]
 
 
 def test_a_missing_cwd_is_refused_by_name(sandbox: SandboxEnvironment) -> None:
