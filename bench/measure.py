@@ -33,16 +33,21 @@ class Times:
 
 
 def in_turn(rounds: int, per_round: int, *things: Callable[[], object]) -> list[Times]:
-    """Time ``things`` in turn (A B C A B C …), so that a machine that drifts drifts for all of them. One round of warm-up."""
+    """Time ``things`` in turn (A B C A B C …), so that a machine that drifts drifts for all of them. One round of warm-up.
+
+    What a thing returns is called behind it, untimed, if it can be called: so it cleans up.
+    """
     taken: list[list[float]] = [[] for _ in things]
     for number in range(rounds + 1):
         for thing, seconds in zip(things, taken, strict=True):
             time.sleep(SETTLE_S)
             for _ in range(per_round):
                 begun = time.perf_counter()
-                thing()
+                clean_up = thing()
                 if number:
                     seconds.append(time.perf_counter() - begun)
+                if callable(clean_up):
+                    clean_up()
     return [Times(tuple(s)) for s in taken]
 
 

@@ -32,6 +32,7 @@ from cifixer_exec.model import (
 )
 from cifixer_exec.operations import new_op_id
 from cifixer_exec.output import OutputCollector
+from cifixer_exec.pieces import whole_number
 from cifixer_exec.settings import AppConfig
 
 #: Stdin up to this size travels with the command; more is sent beside it while it runs.
@@ -435,7 +436,7 @@ async def _pump(port: SandboxPort, op_id: str, data: bytes, *, start: int, eof: 
         last = sent + len(piece) == len(data)
         arguments = {"op_id": f"{op_id}:0", "offset": start + sent, "eof": eof and last}
         answer = await _when_there(port, op_id, "stdin", arguments, piece)
-        accepted = transfer.whole_number(answer, "accepted_bytes")  # the runner counts from the first byte of all
+        accepted = whole_number(answer, "accepted_bytes")  # the runner counts from the first byte of all
         sent = accepted - start
         if sent >= len(data):
             return accepted

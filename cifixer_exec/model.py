@@ -24,6 +24,8 @@ MAX_ARGUMENT_BYTES = 131_071
 MAX_PAYLOAD_BYTES = 256 * 1024
 #: One chunk of file content or of stdin; the runner's limit for a frame's body.
 MAX_BODY_BYTES = MIB
+#: What one op carries of a file: an op costs some milliseconds whatever it carries.
+MAX_PIECE_BYTES = 2 * MIB
 #: What is kept of the end of a stream when it is longer than the output limit.
 TAIL_BYTES = MIB
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cifixer_exec.backends.base import Backend
@@ -30,6 +31,7 @@ from cifixer_exec.model import (
 )
 from cifixer_exec.operations import new_op_id
 from cifixer_exec.output import OutputGate
+from cifixer_exec.pieces import read_piece, write_piece
 
 #: The runner's verbs that may be asked for from outside; start, kill and extend have ways of their own.
 VERBS = frozenset(
@@ -57,6 +59,9 @@ READ_OUTPUT = "read_output"
 #: In a handle's data.
 BOOT_ID = "boot_id"
 CANCEL_RETRY_S = 0.05
+#: Requests with a piece of a file that are on the channel at once: while one is written or sent, the next is on its way. A command
+#: waits behind so many mebibytes at the most, whatever is copied beside it.
+PIECES_AT_ONCE = 3
 #: How long a cancel waits for the one who follows the op to see its end.
 CANCEL_S = 10.0
 
@@ -73,6 +78,7 @@ class SandboxSession:
         self._clock = clock
         self._cancelled: set[str] = set()
         self._running: set[str] = set()
+        self._pieces = asyncio.Semaphore(PIECES_AT_ONCE)
         self.channel = Channel(
             dial=backend.dial(handle),
             inspect=self.inspect,
@@ -140,7 +146,19 @@ class SandboxSession:
             return await self._read_output(arguments)
         if verb not in VERBS:
             raise InvalidRequestError(f"operation {verb!r} is not known: take one of {', '.join(sorted(VERBS))}")
-        return await self.channel.request(verb, arguments, body, request_id=request_id if verb in ONCE_VERBS else None)
+        if verb == "write":
+            return await write_piece(partial(self._request, verb), arguments, body, request_id)
+        if verb == "read":
+            return await read_piece(partial(self._request, verb), arguments, request_id)
+        return await self._request(verb, arguments, body, request_id)
+
+    async def _request(self, verb: str, arguments: Mapping[str, Any], body: bytes | memoryview, request_id: str) -> Answer:
+        """``request_id`` is for those of :data:`ONCE_VERBS`. Pieces of files wait for their turn, so that little is ahead of a command."""
+        once = request_id if verb in ONCE_VERBS else None
+        if verb not in ("write", "read"):
+            return await self.channel.request(verb, arguments, body, request_id=once)
+        async with self._pieces:
+            return await self.channel.request(verb, arguments, body, request_id=once)
 
     async def cancel(self, op_id: str, commands: int, *, grace_s: float = 2.0) -> None:
         """Kill what runs of an op and start no more of it; returns when it is dead.

@@ -1,4 +1,4 @@
-"""Files in and out, in pieces of at most 1 MiB, each an idempotent request of its own.
+"""Files in and out, in pieces of at most 2 MiB, each an idempotent request of its own, a few of them under way at once.
 
 Memory stays flat, and a lost answer costs one piece.
 """
@@ -14,28 +14,20 @@ import stat
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cifixer_exec.channel.frames import Answer
-from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError
+from cifixer_exec.errors import InvalidRequestError, SandboxFileError
 from cifixer_exec.extraction import MAX_ARCHIVE_BYTES, unpack
-from cifixer_exec.model import MAX_BODY_BYTES
+from cifixer_exec.model import MAX_PIECE_BYTES
+from cifixer_exec.pieces import all_of, in_order, whole_number
 
-Call = Callable[..., Awaitable[Answer]]
-
-
-def whole_number(answer: Answer, name: str) -> int:
-    """A member of an answer that must be 0 or more: it comes from a sandbox, which may say anything.
-
-    Raises:
-        BackendError: it is missing or something else.
-    """
-    value = answer.document.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
-        raise BackendError(f"the sandbox's runner answered with {name}={str(value)[:40]}, which cannot be: it has been tampered with")
-    return value
+Call = Callable[..., Coroutine[Any, Any, Answer]]
+#: Pieces of one file under way: while some are on their way through Redis, those before are on their way to the runner.
+OPS_AT_ONCE = 4
 
 
 async def write_bytes(call: Call, path: str, data: bytes, *, mode: int | None = None) -> None:
@@ -45,24 +37,49 @@ async def write_bytes(call: Call, path: str, data: bytes, *, mode: int | None = 
 
 async def write_stream(call: Call, path: str, source: IO[bytes], *, mode: int | None = None) -> None:
     """As :func:`write_bytes`, from a file object, which is read once from where it stands."""
-    transfer_id = uuid.uuid4().hex
-    digest = hashlib.sha256()
-    offset = 0
-    piece = await asyncio.to_thread(source.read, MAX_BODY_BYTES)
+    upload = _Upload(call, path, source, mode)
     try:
-        while True:
-            following = await asyncio.to_thread(source.read, MAX_BODY_BYTES) if len(piece) == MAX_BODY_BYTES else b""
-            digest.update(piece)
-            commit = None if following else {"size": offset + len(piece), "sha256": digest.hexdigest()}
-            arguments = {"path": path, "transfer_id": transfer_id, "offset": offset, "mode": mode, "mkdir": True, "commit": commit}
-            await call("write", arguments, piece)
-            if commit is not None:
-                return
-            offset += len(piece)
-            piece = following
+        await all_of(upload.before_last(), OPS_AT_ONCE)
+        await upload.last()
     except SandboxFileError:
-        await call("abort_write", {"path": path, "transfer_id": transfer_id})
+        await call("abort_write", {"path": path, "transfer_id": upload.transfer_id})
         raise
+
+
+class _Upload:
+    """The pieces of one file. All but the last may be written in any order; the last one puts the file in its place."""
+
+    def __init__(self, call: Call, path: str, source: IO[bytes], mode: int | None) -> None:
+        self.transfer_id = uuid.uuid4().hex
+        self._call = call
+        self._constant = {"path": path, "transfer_id": self.transfer_id, "mode": mode, "mkdir": True}
+        self._source = source
+        self._digest = hashlib.sha256()
+        self._offset = 0
+        self._rest = b""
+
+    async def before_last(self) -> AsyncGenerator[Coroutine[Any, Any, Answer], None]:
+        """Each full piece, while the next one is read. The rest, which may be empty, is kept for :meth:`last`."""
+        reading = asyncio.create_task(asyncio.to_thread(self._read))
+        try:
+            while len(piece := await reading) == MAX_PIECE_BYTES:
+                reading = asyncio.create_task(asyncio.to_thread(self._read))
+                yield self._write(piece, None)
+                self._offset += len(piece)
+            self._rest = piece
+        finally:
+            await asyncio.wait([reading])  # a thread cannot be stopped, and the file may be closed behind this
+
+    async def last(self) -> None:
+        await self._write(self._rest, {"size": self._offset + len(self._rest), "sha256": self._digest.hexdigest()})
+
+    def _write(self, piece: bytes, commit: Mapping[str, Any] | None) -> Coroutine[Any, Any, Answer]:
+        return self._call("write", {**self._constant, "offset": self._offset, "commit": commit}, piece)
+
+    def _read(self) -> bytes:
+        piece = self._source.read(MAX_PIECE_BYTES)
+        self._digest.update(piece)
+        return piece
 
 
 async def read_bytes(call: Call, path: str, *, limit_bytes: int) -> bytes:
@@ -74,21 +91,35 @@ async def read_bytes(call: Call, path: str, *, limit_bytes: int) -> bytes:
 
 async def read_stream(call: Call, path: str, out: IO[bytes], *, limit_bytes: int) -> int:
     """Write the content of ``path`` to ``out``; returns its permission bits. A file that changes meanwhile is an error."""
-    offset, etag = 0, None
-    while True:
-        answer = await call("read", {"path": path, "offset": offset, "length": MAX_BODY_BYTES, "etag": etag})
-        size, mode = whole_number(answer, "size"), whole_number(answer, "mode")
-        if size > limit_bytes:
-            raise SandboxFileError(f"{path!r} has {size} bytes, more than {limit_bytes}: allow more, or take parts of it", "too_large")
-        if offset + len(answer.body) > size:
-            raise SandboxFileError(f"{path!r} is longer than the {size} bytes it had: read it again", "changed")
-        etag = answer.document.get("etag")
-        await asyncio.to_thread(out.write, answer.body)
-        offset += len(answer.body)
-        if offset >= size:
-            return mode & 0o7777
-        if not answer.body:
-            raise SandboxFileError(f"{path!r} ended at byte {offset} of {size}: read it again", "changed")
+    first = await _read(call, path, 0, None)
+    size, mode = whole_number(first, "size"), whole_number(first, "mode")
+    if size > limit_bytes:
+        raise SandboxFileError(f"{path!r} has {size} bytes, more than {limit_bytes}: allow more, or take parts of it", "too_large")
+
+    async def following() -> AsyncGenerator[Coroutine[Any, Any, Answer], None]:
+        for offset in range(MAX_PIECE_BYTES, size, MAX_PIECE_BYTES):
+            yield _read(call, path, offset, first.document.get("etag"))
+
+    offset = await _put(out, path, first.body, 0, size)
+    async with aclosing(in_order(following(), OPS_AT_ONCE)) as answers:
+        async for answer in answers:
+            offset = await _put(out, path, answer.body, offset, size)
+    return mode & 0o7777
+
+
+def _read(call: Call, path: str, offset: int, etag: object) -> Coroutine[Any, Any, Answer]:
+    return call("read", {"path": path, "offset": offset, "length": MAX_PIECE_BYTES, "etag": etag})
+
+
+async def _put(out: IO[bytes], path: str, body: bytes, offset: int, size: int) -> int:
+    """The end of the piece at ``offset`` of a file of ``size`` bytes, now in ``out``."""
+    end = offset + len(body)
+    if end > size:
+        raise SandboxFileError(f"{path!r} is longer than the {size} bytes it had: read it again", "changed")
+    if end < min(offset + MAX_PIECE_BYTES, size):
+        raise SandboxFileError(f"{path!r} ended at byte {end} of {size}: read it again", "changed")
+    await asyncio.to_thread(out.write, body)
+    return end
 
 
 async def upload(call: Call, source: Path, path: str, exclude: Sequence[str]) -> None:

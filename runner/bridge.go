@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// bridgeMain makes a channel of an exec: standard input and output joined to the socket.
+// bridgeMain makes a channel of an exec: its standard input and output are given to serve, and it waits for the end.
 func bridgeMain(args []string) int {
 	flags := flag.NewFlagSet("bridge", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -24,21 +24,17 @@ func bridgeMain(args []string) int {
 	if os.Geteuid() == 0 {
 		_ = dropCapabilities() // a container engine gives an exec all that the container may have; what was needed is open
 	}
-	ended := make(chan struct{}, 2)
-	join := func(to io.Writer, from io.Reader) {
-		_, _ = io.Copy(to, from)
-		ended <- struct{}{}
+	if err := handOverPipes(conn, os.Stdin, os.Stdout); err != nil {
+		return complain("bridge: %s", err)
 	}
-	go join(conn, os.Stdin)
-	go join(os.Stdout, conn)
-	<-ended
+	_, _ = io.Copy(io.Discard, conn)
 	return 0
 }
 
-func dialPatiently(socket string, patience time.Duration) (net.Conn, error) {
+func dialPatiently(socket string, patience time.Duration) (*net.UnixConn, error) {
 	deadline := time.Now().Add(patience)
 	for {
-		conn, err := net.Dial("unix", socket)
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
 		if err == nil || time.Now().After(deadline) {
 			return conn, err
 		}

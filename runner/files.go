@@ -207,7 +207,7 @@ func takeBuffer(n int) []byte {
 	if n <= readStep {
 		return make([]byte, n)
 	}
-	buffer := *bigPayloads.Get().(*[]byte)
+	buffer := keptBuffer()
 	if cap(buffer) < n {
 		return make([]byte, n)
 	}

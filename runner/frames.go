@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"io"
 	"slices"
-	"sync"
 )
 
 // Frame types.
@@ -89,9 +88,9 @@ func (h frameHead) check() error {
 	return nil
 }
 
-// bigPayloads keeps the buffers of bulk transfers, so that an upload does not allocate
-// one MiB per frame.
-var bigPayloads = sync.Pool{New: func() any { return new([]byte) }}
+// bigPayloads keeps the buffers of bulk transfers, so that an upload does not allocate one MiB per frame. It is no sync.Pool:
+// the collector empties those, and with a heap as small as this one it comes every few frames.
+var bigPayloads = make(chan []byte, 6)
 
 // readPayload takes memory only as bytes arrive: a length that nothing follows costs one step.
 func readPayload(r io.Reader, size int) ([]byte, error) {
@@ -100,7 +99,7 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 		_, err := io.ReadFull(r, payload)
 		return payload, err
 	}
-	payload := (*bigPayloads.Get().(*[]byte))[:0]
+	payload := keptBuffer()[:0]
 	for len(payload) < size {
 		from := len(payload)
 		payload = slices.Grow(payload, min(readStep, size-from))
@@ -114,8 +113,21 @@ func readPayload(r io.Reader, size int) ([]byte, error) {
 
 // recyclePayload may be called once nothing refers to the payload any more.
 func recyclePayload(payload []byte) {
-	if cap(payload) > readStep {
-		bigPayloads.Put(&payload)
+	if cap(payload) <= readStep {
+		return
+	}
+	select {
+	case bigPayloads <- payload:
+	default:
+	}
+}
+
+func keptBuffer() []byte {
+	select {
+	case buffer := <-bigPayloads:
+		return buffer
+	default:
+		return nil
 	}
 }
 

@@ -32,6 +32,7 @@ type server struct {
 	lease    *lease
 	roots    []string
 	files    gate
+	arrivals arrivals
 	exit     chan int
 
 	mu          sync.Mutex
@@ -132,8 +133,20 @@ func (s *server) accept(listener net.Listener) {
 			conn.Close()
 			continue
 		}
-		go newConnection(s, conn).serve()
+		go s.welcome(conn)
 	}
+}
+
+// welcome serves what comes over a connection, or over the pipes of the bridge that made it.
+func (s *server) welcome(conn net.Conn) {
+	_ = conn.SetReadDeadline(time.Now().Add(helloPatience))
+	stream, err := takeOver(conn)
+	if err != nil {
+		conn.Close()
+		s.leave(nil)
+		return
+	}
+	newConnection(s, stream).serve()
 }
 
 func (s *server) admit() bool {

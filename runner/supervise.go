@@ -133,7 +133,7 @@ func receivedFiles(rights []byte) ([]int, error) {
 
 // start runs the leader; a failure is what serve has to be told instead.
 func (s *supervision) start(start message, files []int, limits *processLimits) *message {
-	defer closeAll(files) // end of file comes when the command's copies are closed
+	defer closeDescriptors(files) // end of file comes when the command's copies are closed
 	count, err := strconv.Atoi(start.text(1))
 	if err != nil || count < 1 || 2+count > len(start.strings) || len(files) < 2+int(start.number(0)) {
 		return failed(0, codeInternal, "the supervisor got a malformed command")
@@ -163,7 +163,7 @@ func (s *supervision) start(start message, files []int, limits *processLimits) *
 	return nil
 }
 
-func closeAll(files []int) {
+func closeDescriptors(files []int) {
 	for _, fd := range files {
 		syscall.Close(fd)
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -61,7 +60,7 @@ func (s *server) write(r *request) (any, error) {
 		return nil, err
 	}
 	defer p.close()
-	size, err := args.write(p, r.document.body)
+	size, err := args.write(p, r.document.body, &s.arrivals)
 	if err != nil {
 		return nil, fileFault(err, string(args.Path))
 	}
@@ -72,7 +71,12 @@ func temporaryName(p *place, transferID string) string {
 	return filepath.Join(filepath.Dir(p.name), transferPrefix+transferID)
 }
 
-func (w *writeRequest) write(p *place, body []byte) (int64, error) {
+// arrivingName is the same file for whoever names it, by whatever way.
+func arrivingName(p *place, transferID string) string {
+	return filepath.Join(filepath.Dir(p.path), transferPrefix+transferID)
+}
+
+func (w *writeRequest) write(p *place, body []byte, arrivals *arrivals) (int64, error) {
 	if info, err := p.root.Lstat(p.name); err == nil && info.IsDir() {
 		return 0, faultf(codeIsDirectory, "%q is a directory", p.path)
 	}
@@ -90,14 +94,19 @@ func (w *writeRequest) write(p *place, body []byte) (int64, error) {
 		return 0, err
 	}
 	defer file.Close()
+	arriving := arrivingName(p, w.TransferID)
+	arrived := arrivals.of(arriving)
 	if _, err := file.WriteAt(body, w.Offset); err != nil {
+		arrivals.forget(arriving)
 		return 0, err
 	}
+	arrived.add(file, w.Offset, body)
 	info, err := file.Stat()
 	if err != nil || w.Commit == nil {
 		return sizeOf(info), err
 	}
-	return info.Size(), w.commit(p, temporary, file, info, body)
+	defer arrivals.forget(arriving)
+	return info.Size(), w.commit(p, temporary, file, info, arrived)
 }
 
 func sizeOf(info fs.FileInfo) int64 {
@@ -126,12 +135,8 @@ func (w *writeRequest) committedBefore(p *place, temporary string) bool {
 }
 
 // commit makes the file visible in one step, if it is what the client sent.
-func (w *writeRequest) commit(p *place, temporary string, file *os.File, info fs.FileInfo, body []byte) error {
-	content := io.Reader(io.NewSectionReader(file, 0, info.Size()))
-	if w.Offset == 0 && info.Size() == int64(len(body)) {
-		content = bytes.NewReader(body)
-	}
-	sum, err := checksum(content)
+func (w *writeRequest) commit(p *place, temporary string, file *os.File, info fs.FileInfo, arrived *arrival) error {
+	sum, err := arrived.total(file, info.Size())
 	if err != nil {
 		return err
 	}
@@ -181,6 +186,7 @@ func (s *server) abortWrite(r *request) (any, error) {
 		return nil, err
 	}
 	defer p.close()
+	s.arrivals.forget(arrivingName(p, args.TransferID))
 	if err := p.root.Remove(temporaryName(p, args.TransferID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fileFault(err, string(args.Path))
 	}

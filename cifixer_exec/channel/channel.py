@@ -118,7 +118,9 @@ class Channel:
         self._cuts = 0
         self._counted: Connection | None = None
 
-    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"", *, request_id: str | None = None) -> Answer:
+    async def request(
+        self, verb: str, arguments: Mapping[str, Any], body: bytes | memoryview = b"", *, request_id: str | None = None
+    ) -> Answer:
         """One verb of the runner, sent again after a cut.
 
         Under the same ``request_id`` the runner does it once, whoever asks and over whatever connection, and gives the

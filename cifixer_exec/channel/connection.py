@@ -20,6 +20,7 @@ from cifixer_exec.channel.frames import (
     encode_credit,
     encode_document,
     encode_frame,
+    encode_request,
 )
 from cifixer_exec.channel.transport import Transport
 
@@ -107,7 +108,7 @@ class Connection:
         """What the runner said of itself."""
         return self._hello.result()
 
-    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
+    async def request(self, verb: str, arguments: Mapping[str, Any], body: bytes | memoryview = b"") -> Answer:
         """One request, one answer.
 
         Raises:
@@ -120,7 +121,7 @@ class Connection:
         raise ConnectionClosedError("the call ended without an answer")
 
     async def stream(
-        self, verb: str, arguments: Mapping[str, Any], body: bytes = b"", *, window_bytes: int = WINDOW_BYTES
+        self, verb: str, arguments: Mapping[str, Any], body: bytes | memoryview = b"", *, window_bytes: int = WINDOW_BYTES
     ) -> AsyncGenerator[Output | Answer, None]:
         """One request whose answer comes after any number of outputs. Credit is given as the items are taken."""
         if self.closed_by is not None:
@@ -128,7 +129,7 @@ class Connection:
         number = next(self._numbers)
         call = self._calls[number] = _Call(window_bytes)
         finished = False
-        self._transport.send(encode_frame(FrameType.REQUEST, number, encode_document({"verb": verb, **arguments}, body)))
+        self._transport.send(encode_request(number, {"verb": verb, **arguments}, body))
         try:
             if len(body) > WINDOW_BYTES // 4:
                 await self._drain()
@@ -217,7 +218,7 @@ class Connection:
         elif frame.type is not FrameType.PONG:
             raise MalformedFrameError(f"the runner sent a {frame.type.name} frame for the connection")
 
-    def _pong(self, payload: bytes) -> None:
+    def _pong(self, payload: bytes | bytearray) -> None:
         """At most one answer per second: a peer that pings and does not read must not fill our memory."""
         now = asyncio.get_running_loop().time()
         if now - self._ponged_at >= PONG_INTERVAL_S:
@@ -255,6 +256,6 @@ class Connection:
             self._transport.close()
 
 
-def _runner_error(payload: bytes) -> RunnerError:
+def _runner_error(payload: bytes | bytearray) -> RunnerError:
     document = decode_document(payload).document
     return RunnerError(str(document.get("code", "internal"))[:64], str(document.get("message", ""))[:2000])

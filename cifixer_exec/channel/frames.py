@@ -45,7 +45,7 @@ class Frame:
 
     type: FrameType
     call: int
-    payload: bytes
+    payload: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,25 @@ class Answer:
     body: bytes = b""
 
 
-def encode_frame(type_: FrameType, call: int, payload: bytes = b"") -> bytes:
+def encode_frame(type_: FrameType, call: int, payload: bytes | bytearray = b"") -> bytes:
     """The bytes of one frame."""
     return _HEADER.pack(len(payload) + _HEAD_BYTES, type_, call) + payload
 
 
-def encode_document(document: Mapping[str, Any], body: bytes = b"") -> bytes:
+def encode_document(document: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     """A payload: length, JSON, body. Surrogates (non-UTF-8 file names) travel as ``\\udcXX`` escapes."""
     text = json.dumps(document, separators=(",", ":")).encode("ascii")
-    return _LENGTH.pack(len(text)) + text + body
+    return b"".join((_LENGTH.pack(len(text)), text, body))
 
 
-def decode_document(payload: bytes) -> Answer:
+def encode_request(call: int, document: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
+    """The bytes of a REQUEST; a body of a mebibyte is copied once."""
+    text = json.dumps(document, separators=(",", ":")).encode("ascii")
+    length = _HEAD_BYTES + _LENGTH.size + len(text) + len(body)
+    return b"".join((_HEADER.pack(length, FrameType.REQUEST, call), _LENGTH.pack(len(text)), text, body))
+
+
+def decode_document(payload: bytes | bytearray) -> Answer:
     """The inverse of :func:`encode_document`.
 
     Raises:
@@ -85,10 +92,10 @@ def decode_document(payload: bytes) -> Answer:
         raise MalformedFrameError(f"a document is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise MalformedFrameError("a document is not a JSON object")
-    return Answer(document, payload[end:])
+    return Answer(document, bytes(memoryview(payload)[end:]))
 
 
-def decode_output(payload: bytes) -> tuple[int, int, bytes]:
+def decode_output(payload: bytes | bytearray) -> tuple[int, int, bytes]:
     """``(stream 1|2, offset, data)`` of an OUTPUT frame.
 
     Raises:
@@ -99,7 +106,7 @@ def decode_output(payload: bytes) -> tuple[int, int, bytes]:
     stream, offset = _OUTPUT.unpack_from(payload)
     if stream not in (1, 2) or offset >= 1 << 62:
         raise MalformedFrameError(f"an output frame has stream {stream}, offset {offset}")
-    return stream, offset, payload[_OUTPUT.size :]
+    return stream, offset, bytes(memoryview(payload)[_OUTPUT.size :])
 
 
 def encode_credit(call: int, size: int) -> bytes:
@@ -108,11 +115,12 @@ def encode_credit(call: int, size: int) -> bytes:
 
 
 class FrameParser:
-    """Cuts a byte stream into frames. Holds at most one frame plus what was fed last."""
+    """Cuts a byte stream into frames. Holds at most one frame, and what was fed last while its frames are taken."""
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._buffer = bytearray()
         self._max = max_frame_bytes
+        self._head = b""
+        self._payload = bytearray()  # of a frame that comes in parts
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """All frames that are complete with ``data``.
@@ -120,26 +128,38 @@ class FrameParser:
         Raises:
             MalformedFrameError: a length out of bounds or an unknown type; the parser is useless afterwards.
         """
-        self._buffer += data
-        position = 0
-        try:
-            while len(self._buffer) - position >= _HEADER.size:
-                length, type_, call = _HEADER.unpack_from(self._buffer, position)
-                if not _HEAD_BYTES <= length <= self._max:
-                    raise MalformedFrameError(f"a frame says it has {length} bytes; {_HEAD_BYTES} to {self._max} are possible")
-                end = position + _LENGTH.size + length
-                if end > len(self._buffer):
-                    break
-                payload = bytes(self._buffer[position + _HEADER.size : end])
-                position = end
-                yield Frame(_frame_type(type_), call, payload)
-        finally:
-            del self._buffer[:position]
+        view, at = memoryview(data), 0
+        while True:
+            if len(self._head) < _HEADER.size:
+                taken = bytes(view[at : at + _HEADER.size - len(self._head)])
+                at += len(taken)
+                self._head += taken
+                if len(self._head) < _HEADER.size:
+                    return
+            size, kind, call = self._read_head()
+            part = view[at : at + size - len(self._payload)]
+            at += len(part)
+            if len(self._payload) + len(part) < size:
+                self._payload += part
+                return
+            payload: bytes | bytearray = bytes(part)
+            if self._payload:
+                self._payload += part
+                payload, self._payload = self._payload, bytearray()
+            self._head = b""
+            yield Frame(kind, call, payload)
+
+    def _read_head(self) -> tuple[int, FrameType, int]:
+        """Size of the payload, type and call."""
+        length, kind, call = _HEADER.unpack(self._head)
+        if not _HEAD_BYTES <= length <= self._max:
+            raise MalformedFrameError(f"a frame says it has {length} bytes; {_HEAD_BYTES} to {self._max} are possible")
+        return length - _HEAD_BYTES, _frame_type(kind), call
 
     @property
     def buffered_bytes(self) -> int:
         """How much of an incomplete frame is held."""
-        return len(self._buffer)
+        return len(self._head) + len(self._payload)
 
 
 def _frame_type(value: int) -> FrameType:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cifixer_exec.errors import ExecutorError, InvalidRequestError, error_from_json
-from cifixer_exec.model import MAX_BODY_BYTES, MAX_PAYLOAD_BYTES, OutputChunk, Stream, check_id, check_timeout_s, payload_digest
+from cifixer_exec.model import MAX_PAYLOAD_BYTES, MAX_PIECE_BYTES, OutputChunk, Stream, check_id, check_timeout_s, payload_digest
 from cifixer_exec.store.keys import check_queue
 
 OpState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -17,8 +18,8 @@ SandboxState = Literal["creating", "ready", "closing", "closed", "lost"]
 Reason = Literal["gone", "final", "running", "forwarded", "fenced", "cancelled", "expired", "closed", "creating"]
 
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
-#: A body may be one full chunk and a little around it.
-BODY_LIMIT_BYTES = MAX_BODY_BYTES + 64 * 1024
+#: A body may be one full piece of a file and a little around it.
+BODY_LIMIT_BYTES = MAX_PIECE_BYTES + 64 * 1024
 
 _STREAM_CODES: Mapping[Stream, int] = {Stream.STDOUT: 1, Stream.STDERR: 2}
 _STREAMS: Mapping[bytes, Stream] = {b"1": Stream.STDOUT, b"2": Stream.STDERR}
@@ -237,9 +238,13 @@ def _optional_ms(seconds: float | None) -> str | int:
 
 
 def digest_of(op: NewOp) -> str:
-    """What must be equal for a submit to be a repetition: everything but the time-out and the queue."""
+    """What must be equal for a submit to be a repetition: everything but the time-out and the queue.
+
+    It tells a repetition from a mistake of ours, not from an attack, so a quick sum is enough for a piece of a file.
+    """
     created = {"backend": op.create.backend, "spec": op.create.spec} if op.create else None
-    return payload_digest(op.kind, {"sandbox": op.sandbox_id, "payload": op.payload, "create": created}, op.body)
+    body = op.body if len(op.body) <= MAX_PAYLOAD_BYTES else b"%d %d" % (len(op.body), zlib.crc32(op.body))
+    return payload_digest(op.kind, {"sandbox": op.sandbox_id, "payload": op.payload, "create": created}, body)
 
 
 def submit_arguments(op: NewOp) -> list[bytes | str | int]:
@@ -254,7 +259,7 @@ def submit_arguments(op: NewOp) -> list[bytes | str | int]:
         raise InvalidRequestError(f"op kind {op.kind!r} {'takes no' if op.create else 'needs a'} new sandbox: mend the caller")
     if len(op.body) > BODY_LIMIT_BYTES:
         raise InvalidRequestError(
-            f"the body of op {op.op_id} is {len(op.body)} bytes; at most {BODY_LIMIT_BYTES} may go through Redis: send chunks"
+            f"the body of op {op.op_id} is {len(op.body)} bytes; at most {BODY_LIMIT_BYTES} may go through Redis: send pieces"
         )
     timeout_s, run_s = check_timeout_s(op.timeout_s), check_timeout_s(op.run_s, "run_s")
     payload = dumps(op.payload, f"the payload of op {op.op_id}")

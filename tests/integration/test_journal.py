@@ -19,7 +19,7 @@ from cifixer_exec.errors import (
     SandboxLostError,
     SandboxNotFoundError,
 )
-from cifixer_exec.model import MAX_BODY_BYTES, MAX_PAYLOAD_BYTES, OutputChunk, Stream
+from cifixer_exec.model import MAX_PAYLOAD_BYTES, MAX_PIECE_BYTES, OutputChunk, Stream
 from cifixer_exec.store.connection import connect
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.records import End, NewOp, NewSandbox, NotTaken, RunningOp, Submitted, Taken
@@ -215,7 +215,7 @@ def test_what_is_too_big_is_refused_before_redis() -> None:
         b = Bench(connect("redis://127.0.0.1:1/0"), "n")
         wrong: list[dict[str, Any]] = [
             {"payload": {"x": "a" * MAX_PAYLOAD_BYTES}},
-            {"body": b"a" * (MAX_BODY_BYTES + 65537)},
+            {"body": b"a" * (MAX_PIECE_BYTES + 65537)},
             {"payload": {"x": object()}},
             {"payload": {"x": float("nan")}},
             {"timeout_s": -1.0},

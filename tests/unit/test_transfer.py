@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cifixer_exec import extraction, transfer
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import BackendError, InvalidRequestError, SandboxFileError
-from cifixer_exec.model import MAX_BODY_BYTES
+from cifixer_exec.model import MAX_PIECE_BYTES
 from tests.support.run import run
 
 
@@ -34,7 +34,7 @@ class Files:
 
     async def __call__(self, verb: str, arguments: Mapping[str, Any], body: bytes = b"") -> Answer:
         self.calls.append(verb)
-        assert len(body) <= MAX_BODY_BYTES
+        assert len(body) <= MAX_PIECE_BYTES
         if verb == "write":
             return self._write(arguments, body)
         if verb == "read":
@@ -54,12 +54,13 @@ class Files:
     def _write(self, arguments: Mapping[str, Any], body: bytes) -> Answer:
         if self.fail_at == arguments["offset"]:
             raise SandboxFileError("disk full", "no_space")
-        part = self.parts.get(arguments["transfer_id"], b"")
-        assert arguments["offset"] == len(part)
-        part = self.parts[arguments["transfer_id"]] = part + body
+        part = bytearray(self.parts.get(arguments["transfer_id"], b""))
+        part.extend(bytes(max(0, arguments["offset"] - len(part))))  # pieces may come in any order
+        part[arguments["offset"] : arguments["offset"] + len(body)] = body
+        self.parts[arguments["transfer_id"]] = bytes(part)
         if commit := arguments["commit"]:
             assert commit == {"size": len(part), "sha256": hashlib.sha256(part).hexdigest()}
-            self.files[arguments["path"]] = part
+            self.files[arguments["path"]] = bytes(part)
         return Answer({"received_bytes": len(part)})
 
 
@@ -89,7 +90,7 @@ def download(data: bytes, destination: Path) -> Files:
     return files
 
 
-@pytest.mark.parametrize("size", [0, 1, MAX_BODY_BYTES - 1, MAX_BODY_BYTES, MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES])
+@pytest.mark.parametrize("size", [0, 1, MAX_PIECE_BYTES - 1, MAX_PIECE_BYTES, MAX_PIECE_BYTES + 1, 3 * MAX_PIECE_BYTES])
 def test_a_file_survives_there_and_back(size: int) -> None:
     files, data = Files(), os.urandom(size)
     run(transfer.write_bytes(files, "f", data))
@@ -99,9 +100,9 @@ def test_a_file_survives_there_and_back(size: int) -> None:
 
 def test_a_failed_write_is_taken_back() -> None:
     files = Files()
-    files.fail_at = MAX_BODY_BYTES
+    files.fail_at = MAX_PIECE_BYTES
     with pytest.raises(SandboxFileError, match="disk full"):
-        run(transfer.write_bytes(files, "f", bytes(2 * MAX_BODY_BYTES)))
+        run(transfer.write_bytes(files, "f", bytes(2 * MAX_PIECE_BYTES)))
     assert files.calls[-1] == "abort_write"
 
 
@@ -266,7 +267,7 @@ def test_an_impossible_answer_to_a_stat_is_a_clear_error(tmp_path: Path, documen
 def test_a_broken_download_of_a_file_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"old")
     call = answering(Answer({"file": {"type": "file"}}), Answer({"size": 10, "etag": "e", "mode": 0}, b"12345"), Answer({}))
-    with pytest.raises(BackendError):
+    with pytest.raises(SandboxFileError, match="ended at byte 5"):
         run(transfer.download(call, "f", tmp_path / "f", ()))
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"old")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +86,11 @@ class Containers:
         Raises: as :meth:`cifixer_exec.backends.base.Backend.create`.
         """
         for _ in range(TRIES):
+            token = secrets.token_hex(32) if self.options.commands_as_root else ""
+            if self._make(spec, token):
+                return token
             found = self.find(spec.sandbox_id)
-            if found is None:
-                token = secrets.token_hex(32) if self.options.commands_as_root else ""
-                if self._make(spec, token):
-                    return token
-            elif self._adopt(found, spec.sandbox_id):
+            if found is not None and self._adopt(found, spec.sandbox_id):
                 return str(found["Config"]["Labels"].get(TOKEN, ""))
             time.sleep(PAUSE_S)
         name = self.names.container(spec.sandbox_id)
@@ -131,15 +131,23 @@ class Containers:
         return False
 
     def _make(self, spec: SandboxSpec, token: str) -> bool:
-        """False when another took the name meanwhile. With a ``token``, commands are root."""
+        """False when the name is taken, or the prepared image has just gone. With a ``token``, commands are root.
+
+        Each request costs a creation about a hundredth of its time, so nothing is asked for that the daemon's answers tell anyway.
+        """
         image = images.prepared_image(self.daemon, spec.image or self.options.image)
         self._check_runtime()
         network = network_mode(self.daemon, spec.network, self.options.network)
+        begun_at_s = time.time()
         try:
-            disk = self._disk(spec)
+            disk = self.volumes.make_disk(spec.sandbox_id) if self.options.disk == "volume" else ""
             made = self.daemon.api.create_container(image, **self._wanted(spec, token, disk, network))
-            self.start(str(made["Id"]))
+            with ThreadPoolExecutor(1) as beside:  # the listing takes a while, the start takes longer
+                old = beside.submit(self.volumes.remove, spec.sandbox_id, before_s=begun_at_s)
+                self.start(str(made["Id"]))
+                old.result()
         except ImageNotFound:  # a newer version of us has just replaced it
+            images.forget(self.daemon, image)
             return False
         except VENDOR_ERRORS as error:
             if isinstance(error, APIError) and error.status_code == 409:
@@ -152,12 +160,6 @@ class Containers:
             self._remove_quietly(spec.sandbox_id)
             raise
         return True
-
-    def _disk(self, spec: SandboxSpec) -> str:
-        if self.options.disk == "volume":
-            return self.volumes.make_disk(spec.sandbox_id)
-        self.volumes.remove(spec.sandbox_id)
-        return ""
 
     def _check_runtime(self) -> None:
         wanted, known = self.options.runtime, self.daemon.facts.runtimes

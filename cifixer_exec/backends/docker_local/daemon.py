@@ -82,6 +82,8 @@ class Daemon:
         self._making = threading.Lock()
         self._known: Facts | None = None
         self._failed_at_s = float("-inf")
+        #: Prepared images that were there when this process last looked.
+        self.images: set[str] = set()
 
     @contextmanager
     def asked(self, doing: str) -> Iterator[None]:
@@ -221,8 +223,8 @@ def _facts(api: Any) -> Facts:
 
 
 def _identity(info: dict[str, Any], *, podman: bool) -> str:
-    """The daemon's own id is not enough: two daemons of one host share it (it comes from /etc/docker/key.json), and so do machines that were
-    cloned with it; the name and the place of the store tell them apart. Podman's id is a new one each time it is asked for.
+    """The daemon's own id is not enough: two daemons of one host share it (/etc/docker/key.json has it), and so do machines that were cloned
+    with it; the name and the place of the store tell them apart. Podman's id is a new one each time it is asked for.
     """
     own = "podman" if podman else str(info.get("ID"))
     return f"{own}:{info.get('Name')}:{info.get('DockerRootDir')}"

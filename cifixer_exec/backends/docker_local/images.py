@@ -61,11 +61,17 @@ def prepared_image(daemon: Daemon, reference: str) -> str:
             with _alone(reference):
                 base = _find(daemon, reference) or _pull(daemon, reference)
         name = _name_for(base)
-        if _find(daemon, name) is None:
+        if name not in daemon.images and _find(daemon, name) is None:
             with _alone(name):
                 if _find(daemon, name) is None:
                     _prepare(daemon, reference, base, name)
+        daemon.images.add(name)
         return name
+
+
+def forget(daemon: Daemon, name: str) -> None:
+    """A prepared image turned out to be gone: look again the next time."""
+    daemon.images.discard(name)
 
 
 def is_there(daemon: Daemon, reference: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from cifixer_exec.channel.transport import READ_BYTES, Transport
+from cifixer_exec.channel.transport import SocketTransport, Transport, dial_unix
 
 #: For connecting, making the exec and having it started.
 DIAL_TIMEOUT_S = 15.0
@@ -24,22 +24,10 @@ _HEADER_BYTES = 8
 _STDOUT, _STDERR = 1, 2
 
 
-@dataclass
-class Link:
-    """An open connection to a daemon."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def close(self) -> None:
-        """At once; idempotent."""
-        self.writer.close()
-
-
 class Endpoint(Protocol):
     """Where a daemon listens."""
 
-    async def open(self) -> Link:
+    async def open(self) -> Transport:
         """A new connection. Raises OSError when nobody answers."""
 
 
@@ -49,8 +37,8 @@ class UnixEndpoint:
 
     path: str
 
-    async def open(self) -> Link:
-        return Link(*await asyncio.open_unix_connection(self.path, limit=READ_BYTES))
+    async def open(self) -> Transport:
+        return await dial_unix(self.path)
 
 
 @dataclass(frozen=True)
@@ -61,8 +49,10 @@ class TcpEndpoint:
     port: int
     context: ssl.SSLContext | None
 
-    async def open(self) -> Link:
-        return Link(*await asyncio.open_connection(self.host, self.port, ssl=self.context, limit=READ_BYTES))
+    async def open(self) -> Transport:
+        loop = asyncio.get_running_loop()
+        _, transport = await loop.create_connection(SocketTransport, self.host, self.port, ssl=self.context)
+        return transport
 
 
 class RefusedError(ConnectionError):
@@ -89,9 +79,9 @@ class FrameSplitter:
         Raises:
             ConnectionError: these are no frames.
         """
-        output: list[bytes] = []
-        at = 0
-        while at < len(data):
+        output: list[memoryview] = []
+        view, at, end = memoryview(data), 0, len(data)
+        while at < end:
             if self._left == 0:
                 taken = data[at : at + _HEADER_BYTES - len(self._header)]
                 self._header += taken
@@ -100,14 +90,14 @@ class FrameSplitter:
                     self._begin(self._header)
                     self._header = b""
                 continue
-            piece = data[at : at + self._left]
+            piece = view[at : at + self._left]
             at += len(piece)
             self._left -= len(piece)
             if self._stream == _STDOUT:
                 output.append(piece)
             else:
                 self.said = (self.said + piece)[-SAID_BYTES:]
-        return output[0] if len(output) == 1 else b"".join(output)
+        return b"".join(output)
 
     def _begin(self, header: bytes) -> None:
         if header[0] not in (_STDOUT, _STDERR) or header[1:4] != b"\0\0\0":
@@ -115,16 +105,74 @@ class FrameSplitter:
         self._stream, self._left = header[0], int.from_bytes(header[4:], "big")
 
 
-class ExecTransport:
-    """A transport over the hijacked connection of an exec."""
+class Answers:
+    """HTTP answers on a connection that goes on as something else."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, connection: Transport) -> None:
+        self._connection = connection
+        #: What was received and not taken yet.
+        self.rest = b""
+
+    async def next(self, wanted: tuple[int, ...], *, upgrade: bool) -> dict[str, Any]:
+        """The body of the next answer, which an upgraded connection has none of.
+
+        Raises:
+            RefusedError: the daemon's own words. ValueError, LookupError, EOFError: this is no such answer.
+        """
+        head = (await self._until(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        status = int(head[0].split()[1])
+        if upgrade and status in wanted:
+            return {}
+        pairs = (line.partition(":") for line in head[1:] if line)
+        content = await self._content({name.strip().lower(): value.strip() for name, _, value in pairs})
+        data = json.loads(content) if content else {}
+        if status not in wanted:
+            raise RefusedError(f"the Docker daemon refused the channel ({status}): {data.get('message', '')}")
+        return dict(data)
+
+    async def _content(self, headers: Mapping[str, str]) -> bytes:
+        if headers.get("transfer-encoding", "").lower() != "chunked":
+            return await self._exactly(min(int(headers.get("content-length", "0")), MAX_ANSWER_BYTES))
+        content = b""
+        while size := int((await self._until(b"\r\n")).split(b";")[0], 16):
+            if len(content) + size > MAX_ANSWER_BYTES:
+                raise ValueError("it is too long")
+            content += (await self._exactly(size + 2))[:-2]
+        await self._until(b"\r\n")
+        return content
+
+    async def _until(self, mark: bytes) -> bytes:
+        while mark not in self.rest:
+            await self._more()
+        taken, _, self.rest = self.rest.partition(mark)
+        return taken
+
+    async def _exactly(self, size: int) -> bytes:
+        while len(self.rest) < size:
+            await self._more()
+        taken, self.rest = self.rest[:size], self.rest[size:]
+        return taken
+
+    async def _more(self) -> None:
+        data = await self._connection.receive()
+        if not data:
+            raise EOFError("it ended within an answer")
+        self.rest += data
+        if len(self.rest) > 2 * MAX_ANSWER_BYTES:
+            raise ValueError("it is too long")
+
+
+class ExecTransport:
+    """A transport over the hijacked connection of an exec. ``rest``: what of it was received already."""
+
+    def __init__(self, connection: Transport, rest: bytes) -> None:
+        self._connection = connection
+        self._rest = rest
         self._frames = FrameSplitter()
         self._answered = False
 
     async def receive(self) -> bytes:
-        while data := await self._link.reader.read(READ_BYTES):
+        while data := await self._next():
             if output := self._frames.feed(data):
                 self._answered = True
                 return output
@@ -134,15 +182,19 @@ class ExecTransport:
             raise ConnectionError(self._frames.said.decode("utf-8", "replace").strip())
         return b""
 
+    async def _next(self) -> bytes:
+        rest, self._rest = self._rest, b""
+        return rest or await self._connection.receive()
+
     def send(self, data: bytes) -> None:
-        self._link.writer.write(data)
+        self._connection.send(data)
 
     async def drain(self) -> None:
-        await self._link.writer.drain()
+        await self._connection.drain()
 
     def close(self) -> None:
         """The bridge sees the end of its input, and ends."""
-        self._link.close()
+        self._connection.close()
 
 
 async def dial_exec(endpoint: Endpoint, *, api_version: str, container: str, user: str, command: Sequence[str]) -> Transport:
@@ -152,52 +204,29 @@ async def dial_exec(endpoint: Endpoint, *, api_version: str, container: str, use
         OSError: the daemon or the container does not let it.
     """
     async with asyncio.timeout(DIAL_TIMEOUT_S):
-        link = await endpoint.open()
+        connection = await endpoint.open()
+        answers = Answers(connection)
         try:
             base = f"/v{api_version}"
             wanted = {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True, "Tty": False, "User": user, "Cmd": list(command)}
-            made = await _post(link, f"{base}/containers/{quote(container, safe='')}/exec", wanted, {}, (201,))
+            await _post(connection, f"{base}/containers/{quote(container, safe='')}/exec", wanted, {})
+            made = await answers.next((201,), upgrade=False)
             upgrade = {"Connection": "Upgrade", "Upgrade": "tcp"}
-            await _post(link, f"{base}/exec/{quote(str(made['Id']), safe='')}/start", {"Detach": False, "Tty": False}, upgrade, (101, 200))
-        except (LookupError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            link.close()
+            await _post(connection, f"{base}/exec/{quote(str(made['Id']), safe='')}/start", {"Detach": False, "Tty": False}, upgrade)
+            await answers.next((101, 200), upgrade=True)
+        except (LookupError, ValueError, EOFError) as error:
+            connection.close()
             raise ConnectionError(f"the Docker daemon's answer cannot be understood: {error!r}") from None
         except BaseException:
-            link.close()
+            connection.close()
             raise
-        return ExecTransport(link)
+        return ExecTransport(connection, answers.rest)
 
 
-async def _post(link: Link, path: str, document: object, headers: Mapping[str, str], wanted: tuple[int, ...]) -> dict[str, Any]:
-    """One request on a connection that goes on; the body of the answer, which an upgraded connection has none of."""
+async def _post(connection: Transport, path: str, document: object, headers: Mapping[str, str]) -> None:
+    """One request on a connection that goes on."""
     body = json.dumps(document).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: docker", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    link.writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-    await link.writer.drain()
-    status, answer = await _head(link.reader)
-    if status in wanted and headers:
-        return {}
-    content = await _content(link.reader, answer)
-    data = json.loads(content) if content else {}
-    if status not in wanted:
-        raise RefusedError(f"the Docker daemon refused the channel ({status}): {data.get('message', '')}")
-    return dict(data)
-
-
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    pairs = (line.partition(":") for line in head[1:] if line)
-    return int(head[0].split()[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
-
-
-async def _content(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
-    if headers.get("transfer-encoding", "").lower() != "chunked":
-        return await reader.readexactly(min(int(headers.get("content-length", "0")), MAX_ANSWER_BYTES))
-    content = b""
-    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-        if len(content) + size > MAX_ANSWER_BYTES:
-            raise ValueError("it is too long")
-        content += (await reader.readexactly(size + 2))[:-2]
-    await reader.readuntil(b"\r\n")
-    return content
+    connection.send("\r\n".join([*lines, "", ""]).encode() + body)
+    await connection.drain()

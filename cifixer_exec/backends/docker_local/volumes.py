@@ -6,12 +6,16 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from docker.errors import APIError, NotFound
 
 from cifixer_exec.backends.docker_local.daemon import Daemon
 from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, SET_AT, Names
+
+#: Longer than making a container takes.
+_YOUNG_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,11 @@ class Volumes:
     names: Names
 
     def make_disk(self, sandbox_id: str) -> str:
-        """Its name; empty, whatever there was."""
-        self.remove(sandbox_id)
+        """Its name. What an earlier sandbox of this id left is not used again; a young one is whose who makes the same sandbox just now."""
+        now = time.time()
+        self.remove(sandbox_id, before_s=now - _YOUNG_S)
         name = self.names.disk(sandbox_id)
-        labels = self._labels(sandbox_id) | {CREATED_AT: f"{time.time():.3f}"}  # its container is not there yet, and it is no orphan
+        labels = self._labels(sandbox_id) | {CREATED_AT: f"{now:.3f}"}  # its container is not there yet, and it is no orphan
         with self.daemon.asked(f"making the disk of sandbox {sandbox_id!r}"):
             self.daemon.api.create_volume(name, labels=labels)
         return name
@@ -37,13 +42,14 @@ class Volumes:
         with self.daemon.asked(f"moving the deadline of sandbox {sandbox_id!r}"):
             self.daemon.api.create_volume(self.names.deadline(sandbox_id, now), labels=labels)
         for volume in self._of(sandbox_id):
-            if 0 < _set_at_ns(volume["Labels"]) < now:
+            if 0 < _set_at_ns(volume["Labels"]) < now:  # a deadline that this one replaces
                 self._remove(volume["Name"])
 
-    def remove(self, sandbox_id: str) -> None:
-        """All of them; the container is gone, or not made yet."""
+    def remove(self, sandbox_id: str, *, before_s: float = inf) -> None:
+        """Those that are older than the Unix time ``before_s``. What a container uses stays."""
         for volume in self._of(sandbox_id):
-            self._remove(volume["Name"])
+            if _made_at_s(volume["Labels"]) < before_s:
+                self._remove(volume["Name"])
 
     def latest(self) -> dict[str, Mapping[str, str]]:
         """By sandbox id: the labels of its newest deadline, or else of what there is."""
@@ -72,3 +78,9 @@ def _set_at_ns(labels: Mapping[str, str]) -> int:
     with suppress(ValueError):
         return int(labels.get(SET_AT, "0"))
     return 0
+
+
+def _made_at_s(labels: Mapping[str, str]) -> float:
+    with suppress(ValueError):
+        return float(labels[CREATED_AT]) if CREATED_AT in labels else _set_at_ns(labels) / 1e9
+    return 0.0
