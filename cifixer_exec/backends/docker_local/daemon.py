@@ -223,7 +223,7 @@ def _facts(api: Any) -> Facts:
 
 
 def _identity(info: dict[str, Any], *, podman: bool) -> str:
-    """The daemon's own id is not enough: two daemons of one host share it (/etc/docker/key.json has it), and so do machines that were cloned.
+    """The daemon's own id is not enough: two daemons of one host share it (/etc/docker/key.json has it), as cloned machines do.
     The name and the place of the store tell them apart. Podman's id is a new one each time it is asked for.
     """
     own = "podman" if podman else str(info.get("ID"))
