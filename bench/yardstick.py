@@ -43,6 +43,7 @@ class Yardstick:
             processes=facts.max_processes,
             limit_inodes=not facts.podman,
             volume="",
+            of_image=(),
             network_mode="none",
             runtime="",
             read_only=not writable_root,

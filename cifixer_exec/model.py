@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
+from math import inf
 from typing import Any, Self
 
 from cifixer_exec.errors import InvalidRequestError
@@ -358,8 +359,9 @@ class SandboxSpec:
             raise InvalidRequestError("lifetime_s=None is not usable: every sandbox ends; give seconds")
         for name in ("cpus", "memory_bytes", "disk_bytes", "max_processes"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-                raise InvalidRequestError(f"{name}={value!r} is not usable: give a number greater than 0, or None")
+            least = 0.01 if name == "cpus" else 1  # less would be rounded to 0, which means "no limit" to kernels and daemons
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < inf):
+                raise InvalidRequestError(f"{name}={value!r} is not usable: give a number of at least {least}, or None")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""

@@ -7,13 +7,13 @@ registry that does not answer ends the round.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.backends.threads import asking
 from cifixer_exec.errors import BackendError
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.journal import Journal
@@ -63,7 +63,7 @@ class Reaper:
             BackendUnavailableError, QueueUnavailableError: nothing was done, because not everything is known.
         """
         # The platform first: what is created between the two looks is then in the registry, and not the other way round.
-        found = await asyncio.to_thread(self._backend.list_owned)
+        found = await asking(self._backend.list_owned)
         records = {r.sandbox_id: r for r in await self._journal.sandboxes()}
         if await self._journal.age_s() < self._grace_s:
             # Redis may just have lost everything: the owners are about to register again what lives.
@@ -97,7 +97,7 @@ class Reaper:
             if not self._is_doomed(owned, None if record is None or record.over else record):
                 continue
             try:
-                await asyncio.to_thread(self._backend.destroy, owned.handle)
+                await asking(self._backend.destroy, owned.handle)
             except BackendError as error:
                 log.warning("sandbox %s could not be reaped: %s", sandbox_id, error)
                 failed.append(sandbox_id)
@@ -118,7 +118,7 @@ class Reaper:
                 continue
             if record.state == "closing" and self._clock() < record.expires_ms / 1000:
                 continue  # it is just being torn down, and that is no loss
-            inspection = await asyncio.to_thread(self._backend.inspect, SandboxHandle.from_json(record.handle))
+            inspection = await asking(self._backend.inspect, SandboxHandle.from_json(record.handle))
             if not inspection.alive:
                 dead[record.sandbox_id] = inspection.cause
         return dead

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from cifixer_exec.backends.base import Backend
+from cifixer_exec.backends.threads import asking, creating
 from cifixer_exec.channel.channel import Channel
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import BackendError, InvalidRequestError, OutcomeUnknownError, SandboxLostError, SandboxNotFoundError
@@ -75,6 +76,7 @@ class SandboxSession:
         self.backend = backend
         self.handle = handle
         self._env = spec.env
+        self._lifetime_s = spec.lifetime_s
         self._clock = clock
         self._cancelled: set[str] = set()
         self._running: set[str] = set()
@@ -90,7 +92,7 @@ class SandboxSession:
 
     async def inspect(self) -> Inspection:
         """Alive or not; asks the platform in a thread."""
-        return await asyncio.to_thread(self.backend.inspect, self.handle)
+        return await asking(self.backend.inspect, self.handle)
 
     async def run(self, op_id: str, commands: Sequence[Command], *, begun: bool = False) -> AsyncGenerator[OutputChunk | Ended, None]:
         """Run ``commands`` in order, stop behind the first that fails; output as it comes, bounded, then the records.
@@ -209,7 +211,7 @@ class SandboxSession:
     async def extend(self, lifetime_s: float) -> None:
         """Let both deadlines, the runner's and the platform's, be ``lifetime_s`` from now."""
         await self.channel.request("extend", {"expires_in_s": lifetime_s})
-        await asyncio.to_thread(self.backend.extend, self.handle, self._clock() + lifetime_s)
+        await asking(self.backend.extend, self.handle, self._clock() + lifetime_s)
 
     def close(self) -> None:
         """Leave the sandbox as it is, for another owner."""
@@ -217,7 +219,9 @@ class SandboxSession:
 
     async def _run_one(self, op_id: str, index: int, command: Command, begun: bool) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         try:
-            async with aclosing(self.channel.run(f"{op_id}:{index}", command, index=index, begun=begun)) as items:
+            async with aclosing(
+                self.channel.run(f"{op_id}:{index}", command, index=index, begun=begun, longest_s=self._lifetime_s)
+            ) as items:
                 async for item in items:
                     yield item
         except SandboxLostError as error:
@@ -263,8 +267,8 @@ class DirectPort:
         Raises:
             SandboxNotFoundError: none of this id lives here.
         """
-        for owned in await asyncio.to_thread(backend.list_owned):
-            alive = owned.handle.sandbox_id == sandbox_id and (await asyncio.to_thread(backend.inspect, owned.handle)).alive
+        for owned in await asking(backend.list_owned):
+            alive = owned.handle.sandbox_id == sandbox_id and (await asking(backend.inspect, owned.handle)).alive
             if alive:
                 spec = SandboxSpec(backend=backend.name, sandbox_id=sandbox_id)
                 return cls(backend, spec, client=client, session=SandboxSession(backend, owned.handle, spec, epoch=0, client=client))
@@ -273,7 +277,7 @@ class DirectPort:
     async def create(self) -> None:
         if self._ended:
             raise SandboxNotFoundError(f"sandbox {self._spec.sandbox_id!r} was torn down: make a new one")
-        making = asyncio.ensure_future(asyncio.to_thread(self._backend.create, self._spec))
+        making = asyncio.ensure_future(creating(self._backend.create, self._spec))
         try:
             handle = await asyncio.shield(making)
         except asyncio.CancelledError:
@@ -290,7 +294,7 @@ class DirectPort:
         session, self._session, self._ended = self._session, None, True
         if session is not None:
             session.close()
-            await asyncio.to_thread(self._backend.destroy, session.handle)
+            await asking(self._backend.destroy, session.handle)
 
     async def start(self, op_id: str, commands: Sequence[Command]) -> None:
         self._commands[op_id] = tuple(commands)

@@ -96,8 +96,8 @@ class AppConfig:
             raise InvalidRequestError(f"docker_disk={self.docker_disk!r} is not known: take one of {', '.join(DOCKER_DISKS)}")
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
             raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
-        if not self.namespace or any(c in self.namespace for c in "*?[]\\ "):
-            raise InvalidRequestError(f"namespace={self.namespace!r} is not usable: give a word without * ? [ ] \\ and spaces")
+        if not self.namespace or any(c in self.namespace for c in "*?[]\\/ "):
+            raise InvalidRequestError(f"namespace={self.namespace!r} is not usable: give a word without * ? [ ] \\ / and spaces")
         for name in ("lifetime_s", "start_timeout_s", "command_timeout_s", "lease_s", "redis_patience_s", "drain_s", "reap_interval_s"):
             if check_timeout_s(getattr(self, name), name) is None:
                 raise InvalidRequestError(f"{name}=None is not usable: give seconds")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -40,6 +41,8 @@ from cifixer_exec.model import Command, ExecRecord, Inspection, OutputChunk, Sta
 #: How long a sandbox that the platform calls alive may refuse a connection before it counts as lost; and how long a request bears
 #: a platform that does not answer at all.
 RECONNECT_S = 10.0
+#: Before a sandbox that the platform calls alive counts as lost it was tried so often: one attempt can take long on a host that is busy.
+LEAST_ATTEMPTS = 3
 #: How often a platform that is away is asked for.
 AWAY_PAUSE_S = 0.25
 #: How many malformed connections in a row make a runner hopeless.
@@ -150,17 +153,17 @@ class Channel:
                 return answer
 
     async def run(
-        self, op_id: str, command: Command, *, index: int = 0, begun: bool = False
+        self, op_id: str, command: Command, *, index: int = 0, begun: bool = False, longest_s: float = inf
     ) -> AsyncGenerator[OutputChunk | ExecRecord, None]:
         """Start ``command`` under ``op_id``, or attach to it if it is known; its output, then how it ended.
 
         Once it was sent (``begun``: by an earlier owner) it goes on in its sandbox, so a platform that does not answer is waited for as
-        long as the command may run. Stopping the iteration does not stop the command.
+        long as the command may run (``longest_s``: if it has no time-out). Stopping the iteration does not stop the command.
 
         Raises: as :meth:`request`.
         """
         arguments = _start_arguments(op_id, command)
-        patience_s = self._reconnect_s + command.grace_s + (inf if command.timeout_s is None else command.timeout_s)
+        patience_s = self._reconnect_s + command.grace_s + (longest_s if command.timeout_s is None else command.timeout_s)
         async with aclosing(self._follow("start", arguments, command.stdin, index, sent=begun, patience_s=patience_s)) as items:
             async for item in items:
                 yield item
@@ -256,7 +259,7 @@ class Channel:
             BackendUnavailableError, OutcomeUnknownError: see :meth:`request`. Else as there.
         """
         clock = asyncio.get_running_loop().time
-        deadline = clock() + patience_s
+        deadline = clock() + (patience_s if sent else min(patience_s, self._reconnect_s))
         while True:
             try:
                 return await self._connected()
@@ -284,9 +287,9 @@ class Channel:
 
     async def _reconnect(self) -> Connection:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._reconnect_s
+        begun = loop.time()
         pause_s = 0.02
-        while True:
+        for attempt in count(1):
             try:
                 connection = await Connection.open(await self._dial(), self._hello)
                 return self._check_boot(connection)
@@ -296,12 +299,13 @@ class Channel:
                 inspection = await self._inspect()
                 if not inspection.alive:
                     raise SandboxLostError(f"the sandbox is gone: {inspection.cause or error}") from None
-                if loop.time() + pause_s > deadline:
+                if attempt >= LEAST_ATTEMPTS and loop.time() + pause_s > begun + self._reconnect_s:
                     raise SandboxLostError(
-                        f"the sandbox lives but its runner has not answered for {self._reconnect_s:g} s: {error}"
+                        f"the sandbox lives but its runner has not answered for {loop.time() - begun:.0f} s: {error}"
                     ) from None
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
+        raise AssertionError  # the counting has no end
 
     def _check_boot(self, connection: Connection) -> Connection:
         """A runner that was started anew has forgotten its commands: going on would run them twice."""

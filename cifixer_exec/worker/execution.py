@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cifixer_exec.backends.base import Backend
+from cifixer_exec.backends.threads import asking, creating
 from cifixer_exec.channel.connection import EpochStaleError
 from cifixer_exec.errors import BackendError, BackendUnavailableError, ExecutorError, OutcomeUnknownError, SandboxLostError, error_to_json
 from cifixer_exec.model import NEVER_BEGUN, Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
@@ -133,7 +134,7 @@ class Executor:
             return
         spec = SandboxSpec.from_json(taken.spec)
         # A thread cannot be cancelled: a drain waits for it, because an adopter must find the sandbox made or not begun.
-        handle = await finished(asyncio.to_thread(self._backend.create, spec))
+        handle = await finished(creating(self._backend.create, spec))
         try:
             hello = await self._ownership.add(taken, handle).channel.connect()
         except ExecutorError as error:
@@ -156,7 +157,7 @@ class Executor:
         """Redis first: once another worker has adopted the creation, the sandbox is that one's."""
         self._ownership.drop(taken.sandbox_id, taken.epoch)
         if await self._fail(taken, error):
-            await asyncio.to_thread(self._backend.destroy, handle)
+            await asking(self._backend.destroy, handle)
 
     async def _destroy(self, taken: Taken) -> None:
         self._closing.add(taken.sandbox_id)  # commands that die of it must not report a lost sandbox
@@ -171,7 +172,7 @@ class Executor:
             handle = SandboxHandle.from_json(taken.handle)
         else:
             handle = SandboxHandle(backend=self._backend.name, sandbox_id=taken.sandbox_id, placement=self._backend.placement)
-        await asyncio.to_thread(self._backend.destroy, handle)
+        await asking(self._backend.destroy, handle)
         closed = await self._close(taken, state="closed", cause="its user asked for that")
         if not closed:
             raise FencedError
@@ -256,7 +257,7 @@ class Executor:
         self._ownership.forget(taken.sandbox_id)
         if taken.handle is not None:
             try:
-                await asyncio.to_thread(self._backend.destroy, SandboxHandle.from_json(taken.handle))
+                await asking(self._backend.destroy, SandboxHandle.from_json(taken.handle))
             except BackendError as error:
                 log.warning("lost sandbox %s could not be removed now, the reaper will: %s", taken.sandbox_id, error)
             except Exception:

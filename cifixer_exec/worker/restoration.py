@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.backends.threads import asking
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.queues import placement_queue
 from cifixer_exec.store.journal import Journal
@@ -28,10 +28,10 @@ async def restore(*, journal: Journal, backend: Backend, ownership: Ownership, w
     missing = await _compare(journal, backend, ownership, wid)
     restored = []
     if missing:
-        found = {owned.handle.sandbox_id: owned for owned in await asyncio.to_thread(backend.list_owned)}
+        found = {owned.handle.sandbox_id: owned for owned in await asking(backend.list_owned)}
         for sandbox_id, known in missing.items():
             owned = found.get(sandbox_id)
-            if owned is None or not (await asyncio.to_thread(backend.inspect, owned.handle)).alive:
+            if owned is None or not (await asking(backend.inspect, owned.handle)).alive:
                 ownership.forget(sandbox_id)
             elif await journal.restore(_record(known, owned)):
                 log.warning("Redis had forgotten sandbox %s: it is registered again", sandbox_id)
@@ -50,7 +50,7 @@ async def _compare(journal: Journal, backend: Backend, ownership: Ownership, wid
             ownership.drop(sandbox_id, epochs.get(sandbox_id, 0))
         if record.over and record.handle is None:
             log.warning("sandbox %s was torn down while Redis did not know it: it is removed", sandbox_id)
-            await asyncio.to_thread(backend.destroy, known[sandbox_id].handle)
+            await asking(backend.destroy, known[sandbox_id].handle)
     return {sandbox_id: k for sandbox_id, k in known.items() if sandbox_id not in registered}
 
 

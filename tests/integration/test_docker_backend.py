@@ -19,7 +19,8 @@ import docker
 import pytest
 
 from cifixer_exec import AppConfig, InvalidRequestError, create_sandbox
-from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
+from cifixer_exec.backends.breaker import BreakerState
+from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions, stream
 from cifixer_exec.backends.docker_local import backend as module
 from cifixer_exec.backends.docker_local.containers import Containers
 from cifixer_exec.backends.docker_local.daemon import daemon_at
@@ -403,3 +404,53 @@ def test_a_worker_without_its_daemon_ends_with_one_line(tmp_path: Path) -> None:
     critical = [line for line in ended.stderr.splitlines() if "CRITICAL" in line]
     assert (ended.returncode, len(critical), "Traceback" in ended.stderr) == (os.EX_CONFIG, 1, False)
     assert "start the Docker daemon" in critical[0]
+
+
+def test_a_daemon_that_is_slow_to_open_a_channel_loses_no_sandbox(
+    backend: DockerBackend, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it left alone for that: it answers."""
+    dial = backend.dial(backend.create(spec()))
+    monkeypatch.setattr(stream, "DIAL_TIMEOUT_S", 0.0)
+    for _ in range(8):
+        with pytest.raises(BackendUnavailableError, match="has not opened a channel"):
+            asyncio.run(dial())  # type: ignore[arg-type]  # it is a coroutine function
+    assert daemon_at(Address(host=host)).breaker.state is BreakerState.CLOSED
+
+
+def test_the_bridge_does_not_bring_the_secret_where_commands_are_root(host: str, api: Any, namespace: str) -> None:
+    options = DockerOptions(image=image_for_tests(host), commands_as_root=True)
+    backend = DockerBackend(address=Address(host=host), namespace=namespace, options=options)
+    handle = backend.create(spec())
+
+    async def told(*without: str) -> str:
+        container, command = container_of(api, namespace)["Id"], ["sh", "-c", "echo $CIFIXER_TOKEN."]
+        channel = await stream.dial_exec(
+            daemon_at(Address(host=host)).endpoint, api_version="1.41", container=container, user="0", command=command, without=without
+        )
+        try:
+            return (await channel.receive()).decode().strip()
+        finally:
+            channel.close()
+
+    try:
+        assert asyncio.run(told()) == f"{backend.token(handle)}."
+        assert asyncio.run(told("CIFIXER_TOKEN")) == "."
+    finally:
+        backend.destroy(handle)
+
+
+def test_the_proxy_of_the_docker_command_is_not_told_to_sandboxes(
+    host: str, api: Any, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its URL may have a password."""
+    (tmp_path / "config.json").write_text('{"proxies": {"default": {"httpProxy": "http://me:secret@proxy"}}}')
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    other = host.replace("unix:///", "unix:////")  # a client that reads this configuration
+    backend = DockerBackend(address=Address(host=other), namespace=namespace, options=DockerOptions(image=image_for_tests(host)))
+    handle = backend.create(spec())
+    try:
+        assert "secret" not in str(container_of(api, namespace)["Config"]["Env"])
+    finally:
+        backend.destroy(handle)
+        daemon_at(Address(host=other)).api.close()

@@ -7,18 +7,23 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 import docker
 import pytest
 
+from cifixer_exec import AppConfig, create_sandbox
 from cifixer_exec.backends.docker_local import Address, images
 from cifixer_exec.backends.docker_local.daemon import Daemon, daemon_at
-from cifixer_exec.errors import SandboxStartError
+from cifixer_exec.errors import BackendUnavailableError, SandboxStartError
+from cifixer_exec.model import MIB
 from tests.support.contract_stack import check_daemon
-from tests.support.docker_daemon import docker_host
+from tests.support.docker_daemon import docker_host, image_for_tests
 from tests.support.image_registry import Registry, image_registry
 
 
@@ -143,3 +148,105 @@ def test_a_slow_pull_does_not_hold_up_who_wants_another_image(daemon: Daemon, re
     images.prepared_image(daemon, reference)
     assert time.monotonic() - begun < 4
     slow.join()
+
+
+class Ours:
+    """docker-py's client, on a daemon where nobody else has containers."""
+
+    def __init__(self, api: Any, namespace: str) -> None:
+        self._api, self._namespace = api, namespace
+
+    def containers(self, *, all: bool, filters: dict[str, str]) -> Any:  # noqa: A002  # docker-py's name
+        return self._api.containers(all=all, filters={"label": [filters["label"], f"cifixer.namespace={self._namespace}"]})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+
+def sandbox_config(namespace: str, image: str, **members: Any) -> AppConfig:
+    return AppConfig(
+        execution_backend="docker_local", dispatch="direct", docker_host=docker_host(), namespace=namespace, image=image, **members
+    )
+
+
+def test_preparing_an_image_ends_no_old_sandbox(daemon: Daemon, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the labels of its prepared image."""
+    monkeypatch.setattr(images, "_PREPARING_S", -60.0)
+    with create_sandbox(sandbox_config(namespace, image_for_tests(docker_host()))) as sandbox:
+        images._remove_old(Ours(daemon.api, f"{namespace}/direct"))
+        assert sandbox.run_command("echo alive").text == "alive\n"
+        assert len(daemon.api.containers(filters={"label": f"cifixer.namespace={namespace}/direct"})) == 1
+
+
+@pytest.fixture
+def odd_image(daemon: Daemon, namespace: str) -> Iterator[Callable[[str], str]]:
+    """The image for tests with another line of a Dockerfile, and a directory that anybody can write to."""
+
+    def make(line: str) -> str:
+        made = daemon.api.create_container(image_for_tests(docker_host()), command=["true"])
+        try:
+            with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w") as archive:
+                member = tarfile.TarInfo("data")
+                member.type, member.mode = tarfile.DIRTYPE, 0o1777
+                archive.addfile(member)
+            daemon.api.put_archive(made["Id"], "/", packed.getvalue())
+            daemon.api.commit(made["Id"], repository=namespace, tag="odd", changes=line)
+        finally:
+            daemon.api.remove_container(made["Id"], v=True)
+        return f"{namespace}:odd"
+
+    yield make
+    for name in [*prepared(daemon, f"{namespace}:odd"), f"{namespace}:odd"]:
+        with suppress(docker.errors.APIError):
+            daemon.api.remove_image(name, force=True)
+
+
+def test_a_health_check_of_the_image_does_not_run(namespace: str, odd_image: Callable[[str], str]) -> None:
+    """It would run as root and read what commands leave in its way."""
+    image = odd_image("HEALTHCHECK --interval=1s CMD id > /tmp/who")
+    with create_sandbox(sandbox_config(namespace, image)) as sandbox:
+        assert not sandbox.run_command("sleep 3; cat /tmp/who").ok
+
+
+@pytest.mark.parametrize("path", ["/data", "/tmp", "/workspace", "/workspace/deep/er"])  # in a sandbox
+def test_a_volume_of_the_image_has_the_limit_of_the_disk(namespace: str, odd_image: Callable[[str], str], path: str) -> None:
+    with create_sandbox(sandbox_config(namespace, odd_image(f"VOLUME {path}"), disk_bytes=20 * MIB)) as sandbox:
+        written = sandbox.run_command(f"dd if=/dev/zero of={path}/big bs=1M count=40; wc -c < {path}/big || echo 0")
+        assert int(written.text) <= 20 * MIB
+        assert sandbox.run_command("touch /workspace/a /tmp/a ~/a").ok
+
+
+def test_a_pull_that_is_cut_is_a_daemon_that_does_not_answer(tmp_path: Path) -> None:
+    """docker-py hands on what its library says of an answer that is read piece by piece."""
+
+    class Cut(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        client_address = ("", 0)
+
+        def do_GET(self) -> None:
+            content = b'{"ApiVersion": "1.41"}' if self.path.endswith("/version") else b'{"message": "no such image"}'
+            self.send_response(200 if self.path.endswith("/version") else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b'400\r\n{"status": "Pul')
+            self.close_connection = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingMixIn, UnixStreamServer):
+        daemon_threads = True
+
+    with Server(str(tmp_path / "d"), Cut) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        far = Daemon(Address(host=f"unix://{tmp_path / 'd'}"))
+        with pytest.raises(BackendUnavailableError, match="does not answer"):
+            images.prepared_image(far, "some:image")
+        far.api.close()
+        server.shutdown()

@@ -93,6 +93,7 @@ REFUSALS = {
     "closed at once": ([], "cannot be understood|reset"),
     "cut in a frame": ([CREATED, UPGRADED + frame(1, b"out")[:-1]], "within a frame"),
     "the bridge failed": ([CREATED, UPGRADED + frame(2, b"no socket\n")], "no socket"),
+    "no object": ([b'HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\n\r\n"no"'], "no JSON object"),
     "too long": ([b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"], "cannot be understood"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_an_impossible_option_of_a_command_is_refused_by_name(options: dict[str,
 
 MEMBERS: list[dict[str, Any]] = [
     *({"sandbox_id": v} for v in ("", "../x", "-x", ".x", "a b", "x\n", "x" * 101, 5, None)),
-    *({name: v} for name in ("cpus", "memory_bytes", "disk_bytes", "max_processes") for v in (0, -1, "1", True)),
+    *({name: v} for name in ("cpus", "memory_bytes", "disk_bytes", "max_processes") for v in (0, -1, "1", True, 1e-10, math.nan, math.inf)),
     *({"lifetime_s": v} for v in (0, -1, None, "1", float("nan"))),
     {"env": {"A": 1}},
 ]

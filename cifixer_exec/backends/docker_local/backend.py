@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.backends.breaker import BreakerState
@@ -21,18 +22,16 @@ from cifixer_exec.backends.docker_local.daemon import Address, Daemon, daemon_at
 from cifixer_exec.backends.docker_local.death import REMOVED, cause_of_death
 from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, SET_AT, TOKEN, Names
 from cifixer_exec.backends.docker_local.networks import possible_networks
-from cifixer_exec.backends.docker_local.stream import RefusedError, dial_exec
+from cifixer_exec.backends.docker_local.stream import DIAL_TIMEOUT_S, RefusedError, dial_exec
 from cifixer_exec.backends.docker_local.volumes import Volumes
+from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
-from cifixer_exec.errors import ExecutorError, SandboxLostError
+from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
 from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, SandboxSpec, check_id
 
-#: A daemon gets slower, not faster, with more containers in the making at once.
-MOST_CREATIONS = 16
 #: What nobody owns any more is removed by whoever makes the next sandbox: so long after its end, looking so often.
 LITTER_AGE_S, LITTER_PAUSE_S, LITTER_MOST = 60.0, 30.0, 5
 
-_creations = threading.BoundedSemaphore(MOST_CREATIONS)
 _littering = threading.Lock()
 _looked_at: dict[str, float] = {}
 
@@ -64,7 +63,8 @@ class DockerBackend(Backend):
             memory=facts.memory,
             cpus=facts.cpus,
             disk=self._options.disk == "memory" and not facts.podman,  # which mounts another /tmp over ours
-            max_processes=True,
+            # The kernel does not count root's processes: then the control group is all there is.
+            max_processes=facts.max_processes or not self._options.commands_as_root,
             networks=possible_networks(facts, self._options.network),
         )
 
@@ -107,14 +107,15 @@ class DockerBackend(Backend):
         self.check(spec)
         check_id(spec.sandbox_id, "sandbox id")
         self._remove_litter()
-        with _creations:
-            return self._handle(spec.sandbox_id, self._containers.make(spec))
+        return self._handle(spec.sandbox_id, self._containers.make(spec))
 
     def token(self, handle: SandboxHandle) -> str:
         return str(handle.data.get("token", ""))
 
     def dial(self, handle: SandboxHandle) -> Dial:
         daemon, container = self._daemon, self._names.container(handle.sandbox_id)
+        # Commands that are root could read it from there in the moment before the bridge gives its capabilities up.
+        without = (layout.TOKEN,) if self.token(handle) else ()
 
         async def dial() -> Transport:
             if daemon.breaker.state is not BreakerState.CLOSED:
@@ -122,9 +123,21 @@ class DockerBackend(Backend):
             version = (await asyncio.to_thread(lambda: daemon.facts)).api_version
             user, command = layout.BRIDGE_USER, layout.BRIDGE
             try:
-                return await dial_exec(daemon.endpoint, api_version=version, container=container, user=user, command=command)
-            except RefusedError:
+                return await dial_exec(
+                    daemon.endpoint, api_version=version, container=container, user=user, command=command, without=without
+                )
+            except RefusedError as error:
+                if "is paused" in str(error):  # by somebody with access to the daemon: it lives, and must not be taken for lost
+                    raise BackendUnavailableError(f"{error}: docker unpause {container}") from None
                 raise  # it has answered; what of the container is for inspect to say
+            except TimeoutError:
+                # One that is slow tells nothing of the sandbox, which would count as lost and be removed. And one sandbox whose execs hang
+                # must not open the breaker for all others, so whether the daemon is there is asked for apart.
+                try:
+                    await asking(daemon.ping)
+                except BackendUnavailableError as error:
+                    daemon.heard(error)
+                raise BackendUnavailableError(f"the Docker daemon has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
             except OSError as error:
                 daemon.heard(error)
                 raise
@@ -195,9 +208,9 @@ class DockerBackend(Backend):
         with suppress(ExecutorError):
             now = self._clock()
             old = [o for o in self.list_owned() if now - max(o.created_at_s, o.expires_at_s) > LITTER_AGE_S]
-            for owned in old[:LITTER_MOST]:
-                if not self.inspect(owned.handle).alive:
-                    self.destroy(owned.handle)
+            dead = (owned for owned in old if not self.inspect(owned.handle).alive)
+            for owned in islice(dead, LITTER_MOST):
+                self.destroy(owned.handle)
 
 
 def _number(text: str | None, otherwise: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,10 @@ from cifixer_exec.model import SandboxSpec
 
 #: How often a removal that another has begun, or a name that was just taken, is looked at again.
 TRIES, PAUSE_S = 50, 0.1
+#: A daemon gets slower, not faster, with more containers in the making at once.
+MOST_CREATIONS = 16
+
+_creations = threading.BoundedSemaphore(MOST_CREATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,28 +143,36 @@ class Containers:
         image = images.prepared_image(self.daemon, spec.image or self.options.image)
         self._check_runtime()
         network = network_mode(self.daemon, spec.network, self.options.network)
-        begun_at_s = time.time()
+        volumes = () if self._writes_to_disk(token) else images.volumes_of(self.daemon, image)
+        made_id = ""
         try:
-            disk = self.volumes.make_disk(spec.sandbox_id) if self.options.disk == "volume" else ""
-            made = self.daemon.api.create_container(image, **self._wanted(spec, token, disk, network))
-            with ThreadPoolExecutor(1) as beside:  # the listing takes a while, the start takes longer
-                old = beside.submit(self.volumes.remove, spec.sandbox_id, before_s=begun_at_s)
-                self.start(str(made["Id"]))
-                old.result()
+            with _creations:
+                begun_at_s = time.time()
+                disk = self.volumes.make_disk(spec.sandbox_id) if self.options.disk == "volume" else ""
+                wanted = self._wanted(spec, token, disk, network, volumes)
+                made_id = str(self.daemon.api.create_container(image, **wanted)["Id"])
+                with ThreadPoolExecutor(1) as beside:  # the listing takes a while, the start takes longer
+                    old = beside.submit(self.volumes.remove, spec.sandbox_id, before_s=begun_at_s)
+                    self.start(made_id)
+                    old.result()
         except ImageNotFound:  # a newer version of us has just replaced it
             images.forget(self.daemon, image)
             return False
         except VENDOR_ERRORS as error:
-            if isinstance(error, APIError) and error.status_code == 409:
+            if not made_id and isinstance(error, APIError) and error.status_code == 409:
                 return False
             ours = _start_error(error, spec.sandbox_id)
             self.daemon.heard(ours)
-            self._remove_quietly(spec.sandbox_id)
+            self._undo(spec.sandbox_id, made_id)
             raise ours from None
         except BaseException:
-            self._remove_quietly(spec.sandbox_id)
+            self._undo(spec.sandbox_id, made_id)
             raise
         return True
+
+    def _writes_to_disk(self, token: str) -> bool:
+        """Whether more than memory can be written, by the operator's choice. With a ``token``, commands are root."""
+        return bool(self.options.disk == "volume" or self.options.writable_root or token)
 
     def _check_runtime(self) -> None:
         wanted, known = self.options.runtime, self.daemon.facts.runtimes
@@ -169,7 +182,7 @@ class Containers:
             )
             raise SandboxStartError(f"the daemon has no runtime {wanted!r}: {mend}", mend)
 
-    def _wanted(self, spec: SandboxSpec, token: str, disk: str, network: str) -> dict[str, Any]:
+    def _wanted(self, spec: SandboxSpec, token: str, disk: str, network: str, volumes: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of docker-py's ``create_container``."""
         facts, options = self.daemon.facts, self.options
         host = layout.host_config(
@@ -178,21 +191,24 @@ class Containers:
             cpus=facts.cpus,
             processes=facts.max_processes,
             volume=disk,
+            of_image=volumes,
             limit_inodes=not facts.podman,  # it refuses the mount option
             network_mode=network,
             runtime=options.runtime,
             read_only=not (options.writable_root or token),
             as_root=bool(token),
         )
-        uid = layout.ROOT if token else layout.user_id(spec.sandbox_id, few_ids=facts.few_ids)
+        uid = layout.ROOT if token else layout.user_id(self.names.container(spec.sandbox_id), few_ids=facts.few_ids)
         return {
             "command": layout.serve_command(spec, uid=uid),
             "entrypoint": [layout.RUNNER],
             "environment": {layout.TOKEN: token, "USER": "root", "LOGNAME": "root"} if token else None,
+            "healthcheck": {"test": ["NONE"]},  # the image's would be root's, in reach of what commands leave in its way
             "host_config": self.daemon.api.create_host_config(**host),
             "hostname": "sandbox",
             "labels": self._labels(spec, token),
             "name": self.names.container(spec.sandbox_id),
+            "use_config_proxy": False,  # ~/.docker/config.json may have a password for it
             "user": layout.BRIDGE_USER,
             "stop_signal": "SIGKILL",  # the runner as PID 1 heeds no other: a stop, and the end of the daemon, would wait for nothing
             "working_dir": "/",
@@ -204,12 +220,12 @@ class Containers:
         ours = self.names.labels(spec.sandbox_id, self.daemon.facts.placement)
         return {**spec.labels, **ours, **times, **({TOKEN: token} if token else {})}
 
-    def _remove_quietly(self, sandbox_id: str) -> None:
+    def _undo(self, sandbox_id: str, made_id: str) -> None:
+        """Remove what this creation has made, and not what another one of the same sandbox has."""
         with suppress(*VENDOR_ERRORS, ExecutorError):
-            found = self.find(sandbox_id)
-            if found is not None and self.is_ours(found, sandbox_id):
-                self.remove(str(found["Id"]))
-            self.volumes.remove(sandbox_id)
+            if made_id:
+                self.remove(made_id)
+                self.volumes.remove(sandbox_id)
 
 
 def is_alive(found: Mapping[str, Any]) -> bool:

@@ -81,9 +81,11 @@ class Daemon:
         self.breaker = Breaker(f"the Docker daemon at {address.host or DEFAULT_SOCKET}", self.ping)
         self._making = threading.Lock()
         self._known: Facts | None = None
-        self._failed_at_s = float("-inf")
-        #: Prepared images that were there when this process last looked.
-        self.images: set[str] = set()
+        #: Unix times: since when no request was answered, and the last one that was not.
+        self._away_since_s = self._failed_at_s = float("-inf")
+        self._away = False
+        #: Prepared images that were there when this process last looked, with the places where they want volumes.
+        self.images: dict[str, tuple[str, ...]] = {}
 
     @contextmanager
     def asked(self, doing: str) -> Iterator[None]:
@@ -99,17 +101,24 @@ class Daemon:
         except ExecutorError as error:
             self.heard(error)
             raise
-        self.breaker.succeeded()
+        self._answered()
 
     def heard(self, error: Exception) -> None:
         """Tell the breaker what came instead of the wanted answer: a refusal, or nothing."""
         if isinstance(error, CircuitOpenError):
             return
         if isinstance(error, OSError | BackendUnavailableError):
-            self._failed_at_s = time.time()
+            now = time.time()
+            if not self._away:
+                self._away, self._away_since_s = True, now
+            self._failed_at_s = now
             self.breaker.failed(str(error))
         else:
-            self.breaker.succeeded()
+            self._answered()
+
+    def _answered(self) -> None:
+        self._away = False
+        self.breaker.succeeded()
 
     def ping(self) -> None:
         """Raises BackendUnavailableError when the daemon does not answer soon."""
@@ -119,9 +128,9 @@ class Daemon:
         with translated("asking whether it is there"), closing(self._client(PROBE_TIMEOUT_S, version)) as client:
             client.ping()
 
-    def was_away(self, since_s: float) -> bool:
-        """Whether, after the Unix time ``since_s``, a request of this process was not answered."""
-        return self._failed_at_s >= since_s
+    def was_away(self, at_s: float, *, within_s: float) -> bool:
+        """Whether its last silence towards this process has the Unix time ``at_s`` in it, or is no farther from it than ``within_s``."""
+        return self._away_since_s - within_s <= at_s <= self._failed_at_s + within_s
 
     @cached_property
     def endpoint(self) -> Endpoint:

@@ -50,7 +50,7 @@ def _cause_of_kill(daemon: Daemon, found: Mapping[str, Any]) -> str:
     asked_for = "kill" in happened
     if not asked_for and ("oom" in happened or found["State"].get("OOMKilled")):
         return "out of memory: the kernel killed its first process"
-    if daemon.was_away(ended_at_s - _SKEW_S) or (asked_for and _is_going(daemon, ended_at_s)):
+    if daemon.was_away(ended_at_s, within_s=_SKEW_S) or (asked_for and _is_going(daemon, ended_at_s)):
         return _RESTARTED
     return "its container was killed from outside" + (", by way of the Docker daemon" if asked_for else "")
 
@@ -86,5 +86,5 @@ def _last_words(daemon: Daemon, container: str) -> str:
 def _unix_time(text: str) -> float:
     """Of an RFC 3339 time with nanoseconds; 0 where there is none."""
     with suppress(ValueError):
-        return datetime.fromisoformat(text[:26].rstrip("Z") + "+00:00").timestamp()
+        return datetime.fromisoformat(text).timestamp()
     return 0.0

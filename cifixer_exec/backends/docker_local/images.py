@@ -30,11 +30,13 @@ log = logging.getLogger(__name__)
 
 DEFAULT_IMAGE = "nikolaik/python-nodejs:python3.11-nodejs20-bullseye"
 REPOSITORY = "cifixer-exec/prepared"
-#: On containers that are only there to be committed, and on what is made of them.
+#: When one was begun, on containers that are only there to be committed. Empty on what is made of them: labels of an image come down to
+#: its containers, so every sandbox has it, too.
 PREPARING = "cifixer.preparing"
 BASE = "cifixer.base"
 #: One that is older was left by a crash.
 _PREPARING_S = 600.0
+_PREPARING_NAME = "cifixer-preparing-"
 _PROGRESS_S = 5.0
 _MAX_PASSWD_BYTES = 512 * 1024
 
@@ -65,13 +67,18 @@ def prepared_image(daemon: Daemon, reference: str) -> str:
             with _alone(name):
                 if _find(daemon, name) is None:
                     _prepare(daemon, reference, base, name)
-        daemon.images.add(name)
+        daemon.images[name] = tuple((base.get("Config") or {}).get("Volumes") or ())
         return name
 
 
 def forget(daemon: Daemon, name: str) -> None:
     """A prepared image turned out to be gone: look again the next time."""
-    daemon.images.discard(name)
+    daemon.images.pop(name, None)
+
+
+def volumes_of(daemon: Daemon, name: str) -> tuple[str, ...]:
+    """Where containers of a prepared image would get volumes of their own, for which no limit holds."""
+    return daemon.images.get(name, ())
 
 
 def is_there(daemon: Daemon, reference: str) -> bool:
@@ -131,7 +138,8 @@ def _prepare(daemon: Daemon, reference: str, base: dict[str, Any], name: str) ->
     _remove_old(api)
     config = base.get("Config") or {}
     labels = {PREPARING: f"{time.time():.0f}", BASE: reference}
-    host = api.create_host_config(network_mode="none")
+    # The archive API cannot put a link where a volume is mounted; where a tmpfs is to be, none is.
+    host = api.create_host_config(network_mode="none", tmpfs=dict.fromkeys(config.get("Volumes") or (), ""))
     made = api.create_container(
         base["Id"],
         entrypoint=[layout.RUNNER],
@@ -139,7 +147,8 @@ def _prepare(daemon: Daemon, reference: str, base: dict[str, Any], name: str) ->
         environment=layout.environment(list(config.get("Env") or [])),
         host_config=host,
         labels=labels,
-        name=f"cifixer-preparing-{uuid.uuid4().hex[:12]}",
+        name=f"{_PREPARING_NAME}{uuid.uuid4().hex[:12]}",
+        use_config_proxy=False,  # a password for a proxy would be in the image
         user="0:0",
         working_dir="/",
     )
@@ -169,7 +178,8 @@ def _remove_replaced(api: Any, reference: str, name: str) -> None:
 
 def _remove_old(api: Any) -> None:
     for found in api.containers(all=True, filters={"label": PREPARING}):
-        if time.time() - float(found["Created"]) > _PREPARING_S:
+        is_one = found["Labels"].get(PREPARING) and any(name.startswith(f"/{_PREPARING_NAME}") for name in found["Names"] or ())
+        if is_one and time.time() - float(found["Created"]) > _PREPARING_S:
             with suppress(NotFound, APIError):
                 api.remove_container(found["Id"], force=True, v=True)
 
@@ -178,10 +188,12 @@ def _passwd_of(api: Any, container: str) -> bytes:
     """The image's /etc/passwd; empty where it has none, or none that can be one."""
     try:
         pieces, _ = api.get_archive(container, "/etc/passwd")
-        packed = b"".join(pieces)
+        packed = b""
+        for piece in pieces:
+            packed += piece
+            if len(packed) > _MAX_PASSWD_BYTES:
+                return b""
     except NotFound:
-        return b""
-    if len(packed) > _MAX_PASSWD_BYTES:
         return b""
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         member = archive.next()

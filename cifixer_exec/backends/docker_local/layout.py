@@ -30,6 +30,8 @@ DEFAULT_MAX_PROCESSES = 512
 #: The most that the runner and its supervisors can need of the pids controller, which counts threads; the exact limit on
 #: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
 RUNNER_THREADS = 1024
+#: The same where commands are root: there the kernel counts nobody's processes, so this limit is the only one and may not be that wide.
+ROOT_RUNNER_THREADS = 128
 MAX_OPEN_FILES = 65_536
 #: At once in one sandbox; each has a supervisor with about a dozen threads.
 MAX_COMMANDS = 64
@@ -48,13 +50,13 @@ BRIDGE = [RUNNER, "bridge", "--socket", SOCKET]
 BRIDGE_USER = "0:0"
 
 
-def user_id(sandbox_id: str, *, few_ids: bool) -> int:
+def user_id(container: str, *, few_ids: bool) -> int:
     """Each sandbox has a user id of its own, because the kernel counts a user's processes over all containers of a host.
 
     ``few_ids``: where containers have 65,536 ids that are mapped, two sandboxes can meet by chance; they would share one process limit.
     """
     first, count = (10_000, 50_000) if few_ids else (0x7000_0000, 0x0F00_0000)
-    return first + int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:8], "big") % count
+    return first + int.from_bytes(hashlib.sha256(container.encode()).digest()[:8], "big") % count
 
 
 def serve_command(spec: SandboxSpec, *, uid: int) -> list[str]:
@@ -82,12 +84,14 @@ def environment(of_image: list[str]) -> dict[str, str]:
     return {**{name: value for name, value in defaults.items() if name not in named}, **ours}
 
 
-def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool) -> dict[str, str]:
+def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool, of_image: tuple[str, ...] = ()) -> dict[str, str]:
     """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited, too."""
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
     spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
     inodes = f",nr_inodes={size // 4096 + 16384}" if limit_inodes else ""
+    writable = f"rw,exec,nosuid,nodev,size={size}{inodes}"
     return {
+        **dict.fromkeys(of_image, writable),
         **({DISK: f"rw,exec,nosuid,nodev,mode=0755,size={size}{inodes}"} if disk else {}),
         SPOOL: f"rw,noexec,nosuid,nodev,mode=0755,size={spool}",
         ETC: "rw,noexec,nosuid,nodev,mode=0755,size=1048576",
@@ -103,6 +107,7 @@ def host_config(
     processes: bool,
     limit_inodes: bool,
     volume: str,
+    of_image: tuple[str, ...],
     network_mode: str,
     runtime: str,
     read_only: bool,
@@ -111,7 +116,7 @@ def host_config(
     """Arguments of docker-py's ``create_host_config``.
 
     ``memory``, ``cpus``, ``processes`` and ``limit_inodes``: whether the daemon can limit them. ``volume``: the name of the one that is the
-    disk, instead of memory.
+    disk, instead of memory. ``of_image``: where the image wants volumes and gets memory.
     """
     limits: dict[str, Any] = {}
     memory_bytes = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES) if memory else None
@@ -120,7 +125,8 @@ def host_config(
     if cpus:
         limits["nano_cpus"] = int((spec.cpus or DEFAULT_CPUS) * 1e9)
     if processes:
-        limits["pids_limit"] = int(spec.max_processes or DEFAULT_MAX_PROCESSES) + RUNNER_THREADS
+        own = ROOT_RUNNER_THREADS if as_root else RUNNER_THREADS
+        limits["pids_limit"] = int(spec.max_processes or DEFAULT_MAX_PROCESSES) + own
     return {
         **limits,
         "auto_remove": False,  # it would take the cause of death along
@@ -135,7 +141,7 @@ def host_config(
         "runtime": runtime or None,
         "security_opt": ["no-new-privileges:true"],
         "shm_size": _SHM_BYTES,
-        "tmpfs": tmpfs(spec, memory_bytes=memory_bytes, disk=not volume, limit_inodes=limit_inodes),
+        "tmpfs": tmpfs(spec, memory_bytes=memory_bytes, disk=not volume, limit_inodes=limit_inodes, of_image=of_image),
         "binds": {volume: {"bind": DISK, "mode": "rw"}} if volume else None,
         # Open files are limited by the runner: more than the daemon itself may have would be refused, in words about rlimits.
         "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],

@@ -6,17 +6,22 @@ becomes an ``ssh … docker system dial-stdio``, whose standard input and output
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 import threading
+import time
 
 from cifixer_exec.errors import BackendUnavailableError
 
+log = logging.getLogger(__name__)
 _REMOTE = ("docker", "system", "dial-stdio")
 _BACKLOG = 128
+#: Behind a failure that passes by, such as too many open files.
+_PAUSE_S = 0.5
 
 
 class SshRelay:
@@ -34,6 +39,7 @@ class SshRelay:
         options = ("-p", str(port)) if port else ()
         self._command = ("ssh", "-o", "BatchMode=yes", *options, "--", target, *_REMOTE)
         self._listener = socket.socket(socket.AF_UNIX)
+        self._closed = False
         self._started: list[subprocess.Popen[bytes]] = []
         with tempfile.TemporaryDirectory(prefix="cifixer-") as directory:
             name = os.path.join(directory, "s")
@@ -46,18 +52,23 @@ class SshRelay:
 
     def close(self) -> None:
         """Take no more connections; those that are open go on."""
+        self._closed = True
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         os.close(self._inode)
 
     def _serve(self) -> None:
-        while True:
+        while not self._closed:
             try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with connection:
-                self._started = [process for process in self._started if process.poll() is None]
-                end = connection.fileno()
-                # What ssh has to complain about goes to our own standard error: its exit alone would say nothing.
-                self._started.append(subprocess.Popen(self._command, stdin=end, stdout=end, start_new_session=True))
+                self._join(self._listener.accept()[0])
+            except OSError as error:  # whoever has connected sees the end of the connection; the next one may get through
+                if not self._closed:
+                    log.warning("no ssh for a connection to the Docker daemon: %s", error)
+                    time.sleep(_PAUSE_S)
+
+    def _join(self, connection: socket.socket) -> None:
+        with connection:
+            self._started = [process for process in self._started if process.poll() is None]
+            end = connection.fileno()
+            # What ssh has to complain about goes to our own standard error: its exit alone would say nothing.
+            self._started.append(subprocess.Popen(self._command, stdin=end, stdout=end, start_new_session=True))

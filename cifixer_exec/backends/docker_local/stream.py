@@ -126,9 +126,11 @@ class Answers:
         pairs = (line.partition(":") for line in head[1:] if line)
         content = await self._content({name.strip().lower(): value.strip() for name, _, value in pairs})
         data = json.loads(content) if content else {}
+        if not isinstance(data, dict):
+            raise ConnectionError("the Docker daemon's answer is no JSON object")
         if status not in wanted:
             raise RefusedError(f"the Docker daemon refused the channel ({status}): {data.get('message', '')}")
-        return dict(data)
+        return data
 
     async def _content(self, headers: Mapping[str, str]) -> bytes:
         if headers.get("transfer-encoding", "").lower() != "chunked":
@@ -197,8 +199,10 @@ class ExecTransport:
         self._connection.close()
 
 
-async def dial_exec(endpoint: Endpoint, *, api_version: str, container: str, user: str, command: Sequence[str]) -> Transport:
-    """Run ``command`` in a container, joined to the returned transport.
+async def dial_exec(
+    endpoint: Endpoint, *, api_version: str, container: str, user: str, command: Sequence[str], without: Sequence[str] = ()
+) -> Transport:
+    """Run ``command`` in a container, joined to the returned transport. ``without``: variables of the container that it does not get.
 
     Raises:
         OSError: the daemon or the container does not let it.
@@ -209,6 +213,7 @@ async def dial_exec(endpoint: Endpoint, *, api_version: str, container: str, use
         try:
             base = f"/v{api_version}"
             wanted = {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True, "Tty": False, "User": user, "Cmd": list(command)}
+            wanted |= {"Env": [f"{name}=" for name in without]} if without else {}
             await _post(connection, f"{base}/containers/{quote(container, safe='')}/exec", wanted, {})
             made = await answers.next((201,), upgrade=False)
             upgrade = {"Connection": "Upgrade", "Upgrade": "tcp"}

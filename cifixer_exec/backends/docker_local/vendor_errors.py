@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import requests
-from docker.errors import APIError, DockerException
+import urllib3
+from docker.errors import APIError, DockerException, StreamParseError
 
 from cifixer_exec.errors import BackendError, BackendUnavailableError, CapacityError, ExecutorError, InvalidRequestError, SandboxLostError
 
@@ -37,7 +38,8 @@ _SAID = (
     ("toomanyrequests", "the registry limits pulls: log in (docker login), or pull the image before"),
 )
 
-VENDOR_ERRORS = (DockerException, requests.RequestException)
+#: The last two come out of answers that are read piece by piece (pull, events).
+VENDOR_ERRORS = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError, StreamParseError)
 
 
 def remedy(said: str) -> str:
