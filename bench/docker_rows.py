@@ -97,6 +97,7 @@ def files(config: AppConfig, direct: Yardstick, worker: int, rounds: int) -> lis
 
     with (
         create_sandbox(config) as sandbox,
+        create_sandbox(config.with_(dispatch="direct")) as near,
         direct.container(writable_root=True) as writable,
         direct.container() as hardened,
         scratch() as tmp,
@@ -107,6 +108,8 @@ def files(config: AppConfig, direct: Yardstick, worker: int, rounds: int) -> lis
         things: dict[str, Callable[[], object]] = {
             "upload": lambda: sandbox.upload(source, "file"),
             "download": lambda: sandbox.download("file", tmp / "ours"),
+            "upload without the queue": lambda: near.upload(source, "file"),
+            "download without the queue": lambda: near.download("file", tmp / "ours, direct"),
             "write": lambda: sandbox.write_file("bytes", data),
             "read": lambda: none_of(sandbox.read_file("bytes")),
             "put": lambda: direct.put(writable, "bytes", data),
@@ -122,7 +125,7 @@ def files(config: AppConfig, direct: Yardstick, worker: int, rounds: int) -> lis
         idle = resident_bytes(worker)
         with peak_memory(worker) as peak:
             times = dict(zip(things, in_turn(rounds, 1, *things.values()), strict=True))
-        same = (tmp / "ours").read_bytes() == data and sandbox.read_file("bytes") == data
+        same = (tmp / "ours").read_bytes() == (tmp / "ours, direct").read_bytes() == data and sandbox.read_file("bytes") == data
     memory = f"pieces under way, whatever a file's size; contents {'same' if same else 'DIFFERENT'}"
     return [*speeds(times), row("the same: worker memory over idle, MiB", (peak() - idle) / MIB, "flat", memory)]
 
@@ -132,6 +135,8 @@ def speeds(times: dict[str, Times]) -> list[Row]:
     pairs = [
         ("upload", "cp in", ">= 0.5", "docker cp to a writable root"),
         ("download", "cp out", ">= 0.5", "docker cp from a writable root"),
+        ("upload without the queue", "cp in", ">= 0.5", "docker cp to a writable root"),
+        ("download without the queue", "cp out", ">= 0.5", "docker cp from a writable root"),
         ("write", "put", "", "put_archive to a writable root"),
         ("read", "get", "", "get_archive from a writable root"),
         ("upload", "cat in", "", "docker exec -i cat to a read-only root's tmpfs"),
