@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
 from typing import ParamSpec, TypeVar
 
@@ -31,7 +32,8 @@ async def asking(verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work)
+    context = copy_context()  # as asyncio.to_thread does
+    return await asyncio.get_running_loop().run_in_executor(threads, context.run, work)
 
 
 @cache

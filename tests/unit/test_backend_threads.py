@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextvars import ContextVar
 
 from cifixer_exec.backends.threads import MOST_CREATIONS, asking, creating
 from tests.support.run import run
@@ -27,3 +28,14 @@ def test_a_platform_that_hangs_keeps_nothing_else_waiting() -> None:
         return took_s
 
     assert run(go()) < 1.0
+
+
+def test_what_is_known_of_the_op_is_known_in_the_thread() -> None:
+    """Context variables, as with asyncio.to_thread."""
+    known: ContextVar[str] = ContextVar("known", default="nothing")
+
+    async def go() -> list[str]:
+        known.set("the op")
+        return [await creating(known.get), await asking(known.get)]
+
+    assert run(go()) == ["the op", "the op"]
