@@ -318,6 +318,16 @@ def test_dialling_a_container_that_is_gone_is_an_os_error(backend: DockerBackend
         asyncio.run(_dial(backend, handle))
 
 
+def test_a_paused_container_is_not_dead_and_the_remedy_is_told(backend: DockerBackend, api: Any, namespace: str) -> None:
+    handle = backend.create(spec())
+    container = container_of(api, namespace)["Id"]
+    api.pause(container)
+    with pytest.raises(BackendUnavailableError, match="docker unpause cifixer-one-"):
+        asyncio.run(_dial(backend, handle))
+    assert backend.inspect(handle).alive
+    api.unpause(container)
+
+
 def test_a_handle_works_in_any_form(backend: DockerBackend) -> None:
     handle = backend.create(spec())
     assert backend.inspect(SandboxHandle.from_json(replace(handle, data={"boot_id": "x"}).to_json())).alive
