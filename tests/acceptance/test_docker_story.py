@@ -59,7 +59,7 @@ def test_a_command_that_is_run_is_all_there_was(docker_stack: Stack) -> None:
     (user.home / "project").mkdir()
     (user.home / "project/check.py").write_text("import sys; print(6 * 7); sys.exit(3)")
 
-    done = user.cifixer("run", "--upload", user.home / "project", "--", "python3", "check.py")
+    done = user.cifixer("run", "--quiet", "--upload", user.home / "project", "--", "python3", "check.py")
 
     assert (done.returncode, done.stdout, done.stderr) == (3, b"42\n", b"")
     assert left_on_daemon(running.exports["CIFIXER_NAMESPACE"]) == []
