@@ -35,20 +35,7 @@ class Yardstick:
 
     def create(self, *, writable_root: bool = False) -> str:
         """A started container that does nothing; its id."""
-        facts = self._daemon.facts
-        host = layout.host_config(
-            self._spec,
-            memory=facts.memory,
-            cpus=facts.cpus,
-            processes=facts.max_processes,
-            limit_inodes=not facts.podman,
-            volume="",
-            of_image=(),
-            network_mode="none",
-            runtime="",
-            read_only=not writable_root,
-            as_root=False,
-        )
+        host = layout.host_config(self._spec, facts=self._daemon.facts, network_mode="none", read_only=not writable_root)
         made = self.api.create_container(
             self._image,
             command=["infinity"],

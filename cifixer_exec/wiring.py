@@ -160,7 +160,11 @@ def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntim
 def worker_queues(config: AppConfig) -> list[str]:
     """What a worker of this backend and placement consumes besides its direct queue."""
     backend = make_backend(config)
-    return [MAINTENANCE, pool_queue(backend.name), placement_queue(backend.name, backend.placement)]
+    return _shared_queues(backend.name, backend.placement)
+
+
+def _shared_queues(backend: str, placement: str) -> list[str]:
+    return [MAINTENANCE, pool_queue(backend), placement_queue(backend, placement)]
 
 
 def make_reaper(config: AppConfig, journal: Journal, *, count: Callable[[str], None] = lambda _: None) -> Reaper:
@@ -177,9 +181,8 @@ def make_exposure(config: AppConfig, worker: WorkerRuntime) -> Exposure | None:
     if not config.metrics_address:
         return None
     metrics = _metrics_module()
-    shared = [MAINTENANCE, pool_queue(worker.backend), placement_queue(worker.backend, worker.placement)]
     # The direct queue's name has a boot id, which as a label would make a new time series at each start.
-    queues = {**{name: name for name in shared}, direct_queue(worker.wid): "direct"}
+    queues = {**{name: name for name in _shared_queues(worker.backend, worker.placement)}, direct_queue(worker.wid): "direct"}
 
     def queue_lengths() -> dict[str, int] | None:
         found = worker.queue_lengths(list(queues), patience_s=SCRAPE_PATIENCE_S)

@@ -36,17 +36,27 @@ class Breaker:
     """One per platform and process; used from any thread.
 
     ``what`` names the platform. ``probe`` asks it something cheap and raises BackendUnavailableError when it does not answer;
-    it must not go through this breaker.
+    it must not go through this breaker. ``wall_clock`` gives Unix times, for :meth:`was_silent` alone.
     """
 
-    def __init__(self, what: str, probe: Callable[[], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        what: str,
+        probe: Callable[[], object],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._what = what
         self._probe = probe
         self._clock = clock
+        self._wall_clock = wall_clock
         self._lock = threading.Lock()
         self._state = BreakerState.CLOSED
         self._failures = 0
         self._failing_since_s = 0.0
+        #: Unix times of the last run of failures: its first and its last.
+        self._silent_since_s = self._silent_until_s = float("-inf")
         self._pause_s = FIRST_PAUSE_S
         self._probe_at_s = 0.0
         self._said = ""
@@ -66,13 +76,23 @@ class Breaker:
         self.check()
         try:
             yield
-        except BackendUnavailableError as error:
-            self.failed(str(error))
-            raise
-        except ExecutorError:
-            self.succeeded()  # a refusal is an answer
+        except ExecutorError as error:
+            self.heard(error)
             raise
         self.succeeded()
+
+    def heard(self, error: Exception) -> None:
+        """What came instead of the wanted answer: nothing (BackendUnavailableError, OSError), or a refusal, which is an answer."""
+        if isinstance(error, CircuitOpenError):
+            return  # nothing was asked
+        if isinstance(error, OSError | BackendUnavailableError):
+            self.failed(str(error))
+        else:
+            self.succeeded()
+
+    def was_silent(self, at_s: float, *, within_s: float) -> bool:
+        """Whether the last run of failures has the Unix time ``at_s`` in it, or is no farther from it than ``within_s``."""
+        return self._silent_since_s - within_s <= at_s <= self._silent_until_s + within_s
 
     def check(self) -> None:
         """Raise CircuitOpenError while it is open; the first caller behind the pause finds out whether it still must be."""
@@ -107,9 +127,9 @@ class Breaker:
     def failed(self, said: str) -> None:
         """The platform has not answered."""
         with self._lock:
-            now = self._clock()
+            now, self._silent_until_s = self._clock(), self._wall_clock()
             if self._failures == 0:
-                self._failing_since_s = now
+                self._failing_since_s, self._silent_since_s = now, self._silent_until_s
             self._failures += 1
             self._said = said
             enough = self._failures >= MOST_FAILURES and now - self._failing_since_s >= BLINK_S

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from cifixer_exec import AppConfig, BackendUnavailableError, ExecutorError, SandboxEnvironment, Status, create_sandbox
+from cifixer_exec.cli.doctor import Finding, examine
+from cifixer_exec.cli.reach import Reach
 from tests.support.chaos_losses import FOREVER, check_lost, check_refused
 from tests.support.chaos_stack import COUNT, LEASE_S, Crew, check_once, run_in_background
+from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import absent
 from tests.support.docker_daemon import NoDaemonError, PrivateDaemon, image_for_tests
 from tests.support.redis_server import RedisServer
@@ -124,7 +127,11 @@ def test_a_command_outlives_a_daemon_that_lets_containers_live(
 
 
 def test_a_daemon_that_is_gone_is_told_fast_to_who_comes_and_as_unknown_to_who_waits(
-    daemon: PrivateDaemon, start: Crew, pair: list[SandboxEnvironment], threads: ThreadPoolExecutor
+    daemon: PrivateDaemon,
+    start: Crew,
+    pair: list[SandboxEnvironment],
+    threads: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     futures = [run_in_background(threads, sandbox, FOREVER, timeout_s=DEADLINE_S) for sandbox in pair]
     daemon.kill()
@@ -133,6 +140,7 @@ def test_a_daemon_that_is_gone_is_told_fast_to_who_comes_and_as_unknown_to_who_w
         for sandbox in pair:
             check_unavailable(lambda sandbox=sandbox: sandbox.run_command("echo never >> ran"))  # type: ignore[misc]
         check_unavailable(lambda: start.unmade().init())
+        check_doctor_tells(start.config, monkeypatch)
         for future in futures:
             result = future.result(timeout=begun + DEADLINE_S + GRACE_S - time.monotonic())
             assert (result.status, result.exit_code, result.stdout) == (Status.UNKNOWN, None, b"begun\n"), result
@@ -152,6 +160,17 @@ def check_unavailable(call: Callable[[], object]) -> None:
     with pytest.raises(BackendUnavailableError, match=r"the Docker daemon.* does not answer"):
         call()
     assert time.monotonic() - begun < FAST_S
+
+
+def check_doctor_tells(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the worker has renewed its lease, with which it tells the state of its breaker."""
+    monkeypatch.setenv("CIFIXER_NAMESPACE", config.namespace)
+
+    def worker() -> Finding:
+        return next(found for found in examine(Reach(redis_url=config.redis_url)) if found.name == "worker")
+
+    wait_until(lambda: not worker().ok, "doctor finds the worker's breaker open")
+    assert "breaker open" in worker().summary or "breaker half_open" in worker().summary
 
 
 def eventually_works(sandbox: SandboxEnvironment, give_up: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import docker
 import pytest
 
-from cifixer_exec import AppConfig, InvalidRequestError, create_sandbox
+from cifixer_exec import InvalidRequestError, create_sandbox
 from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions, stream
 from cifixer_exec.backends.docker_local import backend as module
@@ -26,22 +26,9 @@ from cifixer_exec.backends.docker_local.containers import Containers
 from cifixer_exec.backends.docker_local.daemon import daemon_at
 from cifixer_exec.errors import BackendUnavailableError, SandboxLostError, SandboxStartError
 from cifixer_exec.model import MIB, Inspection, SandboxHandle, SandboxSpec
-from tests.support.contract_stack import check_daemon
-from tests.support.docker_daemon import docker_host, image_for_tests, left_on_daemon
+from tests.integration.conftest import Direct
+from tests.support.docker_daemon import image_for_tests, left_on_daemon
 from tests.support.docker_tcp import certificates, tcp_port_of
-
-
-@pytest.fixture(scope="module")
-def host() -> str:
-    check_daemon("docker_local")
-    return docker_host()
-
-
-@pytest.fixture(scope="module")
-def api(host: str) -> Iterator[Any]:
-    client = docker.APIClient(base_url=host, version="auto", timeout=60)
-    yield client
-    client.close()
 
 
 @pytest.fixture
@@ -225,30 +212,21 @@ def test_the_container_is_hardened(backend: DockerBackend, api: Any, namespace: 
     assert not host["Binds"]
 
 
-def test_nothing_but_the_disk_can_be_written(host: str, namespace: str) -> None:
-    config = AppConfig(
-        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
-    )
-    with create_sandbox(config) as sandbox:
+def test_nothing_but_the_disk_can_be_written(direct: Direct) -> None:
+    with create_sandbox(direct()) as sandbox:
         find = "find / -xdev -writable -not -type l -not -type c 2>/dev/null"
         assert sandbox.run_command(find).text.split() == ["/run/cifixer/spool"]  # a tmpfs
         assert sandbox.run_command("echo x > /var/tmp/f && cat /tmp/f").text == "x\n"
 
 
-def test_the_user_has_a_name_among_those_of_the_image(host: str, namespace: str) -> None:
-    config = AppConfig(
-        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
-    )
-    with create_sandbox(config) as sandbox:
+def test_the_user_has_a_name_among_those_of_the_image(direct: Direct) -> None:
+    with create_sandbox(direct()) as sandbox:
         assert sandbox.run_command("whoami; id -un 0; id -un 65534").text.split() == ["sandbox", "root", "nobody"]
         assert not sandbox.run_command("echo evil >> /etc/passwd || mv /run/cifixer/etc/passwd /tmp/x || ln -sf /tmp /etc/passwd").ok
 
 
-def test_the_channel_is_out_of_reach_of_commands(host: str, namespace: str) -> None:
-    config = AppConfig(
-        execution_backend="docker_local", dispatch="direct", docker_host=host, image=image_for_tests(host), namespace=namespace
-    )
-    with create_sandbox(config) as sandbox:
+def test_the_channel_is_out_of_reach_of_commands(direct: Direct) -> None:
+    with create_sandbox(direct()) as sandbox:
         assert not sandbox.run_command("ls /run/cifixer/channel").ok
         assert not sandbox.run_command(
             "mv /run/cifixer/channel /tmp/; rm -rf /run/cifixer/channel/*; test -e /run/cifixer/channel/socket"
@@ -334,19 +312,12 @@ def test_a_handle_works_in_any_form(backend: DockerBackend) -> None:
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_a_daemon_at_a_tcp_port_works_the_same(host: str, namespace: str, tmp_path: Path, secure: bool) -> None:
+def test_a_daemon_at_a_tcp_port_works_the_same(host: str, direct: Direct, namespace: str, tmp_path: Path, secure: bool) -> None:
     if secure and shutil.which("openssl") is None:
         pytest.skip("certificates are made with openssl, which is not installed")
     context = certificates(tmp_path) if secure else None
     with tcp_port_of(host.removeprefix("unix://"), context) as port:
-        config = AppConfig(
-            execution_backend="docker_local",
-            dispatch="direct",
-            docker_host=f"tcp://127.0.0.1:{port}",
-            docker_cert_path=str(tmp_path) if secure else "",
-            image=image_for_tests(host),
-            namespace=namespace,
-        )
+        config = direct(docker_host=f"tcp://127.0.0.1:{port}", docker_cert_path=str(tmp_path) if secure else "")
         with create_sandbox(config) as sandbox:
             data = bytes(range(256)) * 20_000
             sandbox.write_file("file", data)
@@ -373,19 +344,15 @@ copy(lambda: daemon.recv(65536), lambda data: sys.stdout.buffer.write(data) and 
 """
 
 
-def test_a_daemon_behind_ssh_works_the_same(host: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_behind_ssh_works_the_same(
+    host: str, direct: Direct, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = tmp_path / "asked"
     program = tmp_path / "ssh"
     program.write_text(SSH.format(python=sys.executable, asked=str(asked), socket=host.removeprefix("unix://")))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    config = AppConfig(
-        execution_backend="docker_local",
-        dispatch="direct",
-        docker_host="ssh://someone@far.example:2222",
-        image=image_for_tests(host),
-        namespace=namespace,
-    )
+    config = direct(docker_host="ssh://someone@far.example:2222")
     with create_sandbox(config) as sandbox:
         data = bytes(range(256)) * 20_000
         sandbox.write_file("file", data)

@@ -16,42 +16,28 @@ from cifixer_exec import AppConfig, InvalidRequestError, SandboxEnvironment, San
 from cifixer_exec import attach as attach_to
 from cifixer_exec.backends.docker_local import Address, DockerBackend, layout
 from cifixer_exec.backends.docker_local.networks import BRIDGE, INTERNAL
-from tests.support.contract_stack import check_daemon
-from tests.support.docker_daemon import docker_host, image_for_tests, left_on_daemon
+from tests.integration.conftest import Direct
+from tests.support.docker_daemon import left_on_daemon
 
 Make = Callable[..., SandboxEnvironment]
 FETCH = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=3).read().decode())"
 
 
-@pytest.fixture(scope="module")
-def host() -> str:
-    check_daemon("docker_local")
-    return docker_host()
-
-
-@pytest.fixture(scope="module")
-def api(host: str) -> Iterator[Any]:
-    client = docker.APIClient(base_url=host, version="auto", timeout=60)
-    yield client
+@pytest.fixture(scope="module", autouse=True)
+def networks(api: Any) -> Iterator[None]:
+    """Those that were made on the way are removed."""
+    yield
     for name in (BRIDGE, INTERNAL):
         with suppress(docker.errors.APIError):
-            client.remove_network(name)
-    client.close()
+            api.remove_network(name)
 
 
 @pytest.fixture
-def make(host: str, api: Any, namespace: str) -> Iterator[Make]:
+def make(direct: Direct, namespace: str) -> Iterator[Make]:
     made = []
 
     def create(**settings: Any) -> SandboxEnvironment:
-        config = AppConfig(
-            execution_backend="docker_local",
-            dispatch="direct",
-            docker_host=host,
-            image=image_for_tests(host),
-            namespace=namespace,
-            **{"memory_bytes": 256 << 20, **settings},
-        )
+        config = direct(**{"memory_bytes": 256 << 20, **settings})
         made.append(create_sandbox(config))
         made[-1].init()
         return made[-1]
@@ -198,19 +184,21 @@ def test_even_root_cannot_speak_for_the_runner(make: Make) -> None:
     assert sandbox.run_command("echo alive").text == "alive\n"
 
 
-def test_a_sandbox_with_root_can_be_attached_to(make: Make, host: str, namespace: str) -> None:
+def test_a_sandbox_with_root_can_be_attached_to(make: Make, direct: Direct) -> None:
     sandbox = make(docker_commands_as_root=True)
     sandbox.write_file("file", b"content")
-    config = AppConfig(execution_backend="docker_local", dispatch="direct", docker_host=host, namespace=namespace)
-    with_secret = attach_to(sandbox.sandbox_id, config)
+    with_secret = attach_to(sandbox.sandbox_id, direct())
     assert with_secret.read_file("file") == b"content"
     with_secret.close()
 
 
-def test_a_writable_root_is_for_those_who_ask(make: Make) -> None:
-    assert make(docker_writable_root=True).run_command("id -u").text != "0\n"
-    with pytest.raises(AssertionError):
-        assert make().run_command("echo x > /var/lib/made").ok
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_writable_root_is_for_those_who_ask(make: Make, api: Any, namespace: str, asked: bool) -> None:
+    sandbox = make(docker_writable_root=asked)
+    (container,) = api.containers(filters={"label": f"cifixer.namespace={namespace}/direct"})
+    assert api.inspect_container(container["Id"])["HostConfig"]["ReadonlyRootfs"] is not asked
+    said = sandbox.run_command("echo x > /usr/made").stderr_text
+    assert ("Permission denied" if asked else "Read-only file system") in said  # the user is not root in either
 
 
 def test_a_disk_on_a_volume_is_not_memory_and_goes_with_the_sandbox(make: Make, api: Any, namespace: str) -> None:

@@ -18,7 +18,7 @@ class Platform:
         self.now_s = 100.0
         self.away = False
         self.probes = 0
-        self.breaker = Breaker("the platform", self.probe, clock=lambda: self.now_s)
+        self.breaker = Breaker("the platform", self.probe, clock=lambda: self.now_s, wall_clock=lambda: self.now_s + 1e9)
 
     def probe(self) -> None:
         self.probes += 1
@@ -141,3 +141,20 @@ def test_a_probe_that_breaks_leaves_it_open_not_half_open(platform: Platform) ->
     with pytest.raises(ZeroDivisionError):
         platform.ask()
     assert platform.breaker.state is BreakerState.OPEN
+
+
+def test_when_it_was_silent_is_remembered_until_the_next_time(platform: Platform) -> None:
+    def silent(now_s: float) -> bool:
+        return platform.breaker.was_silent(now_s + 1e9, within_s=1.0)
+
+    assert not silent(100)
+    platform.away = True
+    platform.fail(1)
+    platform.now_s = 110
+    platform.fail(1)
+    platform.away, platform.now_s = False, 120
+    platform.ask()
+    assert [silent(at) for at in (98, 99, 105, 111, 112)] == [False, True, True, True, False]
+    platform.away, platform.now_s = True, 200
+    platform.fail(1)
+    assert [silent(at) for at in (105, 200)] == [False, True]

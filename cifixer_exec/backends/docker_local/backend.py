@@ -6,7 +6,6 @@ home, /tmp and spool are memory of the container and go with it (layout.py).
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import uuid
@@ -23,7 +22,6 @@ from cifixer_exec.backends.docker_local.death import REMOVED, cause_of_death
 from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, SET_AT, TOKEN, Names
 from cifixer_exec.backends.docker_local.networks import possible_networks
 from cifixer_exec.backends.docker_local.stream import DIAL_TIMEOUT_S, RefusedError, dial_exec
-from cifixer_exec.backends.docker_local.volumes import Volumes
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
 from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
@@ -119,8 +117,8 @@ class DockerBackend(Backend):
 
         async def dial() -> Transport:
             if daemon.breaker.state is not BreakerState.CLOSED:
-                await asyncio.to_thread(daemon.breaker.check)
-            version = (await asyncio.to_thread(lambda: daemon.facts)).api_version
+                await asking(daemon.breaker.check)
+            version = (await asking(lambda: daemon.facts)).api_version
             user, command = layout.BRIDGE_USER, layout.BRIDGE
             try:
                 return await dial_exec(
@@ -136,39 +134,40 @@ class DockerBackend(Backend):
                 try:
                     await asking(daemon.ping)
                 except BackendUnavailableError as error:
-                    daemon.heard(error)
+                    daemon.breaker.heard(error)
                 raise BackendUnavailableError(f"the Docker daemon has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
             except OSError as error:
-                daemon.heard(error)
+                daemon.breaker.heard(error)
                 raise
 
         return dial
 
     def destroy(self, handle: SandboxHandle) -> None:
-        found = self._containers.find(handle.sandbox_id)
+        containers = self._containers
+        found = containers.find(handle.sandbox_id)
         if found is not None:
-            self._containers.check_ours(found, handle.sandbox_id)
-            self._containers.remove(str(found["Id"]))
-        self._volumes.remove(handle.sandbox_id)
+            containers.check_ours(found, handle.sandbox_id)
+            containers.remove(str(found["Id"]))
+        containers.volumes.remove(handle.sandbox_id)
 
     def inspect(self, handle: SandboxHandle) -> Inspection:
-        found = self._containers.find(handle.sandbox_id)
-        if found is None or not self._containers.is_ours(found, handle.sandbox_id):
+        found = self._containers.ours(handle.sandbox_id)
+        if found is None:
             return Inspection(alive=False, cause=REMOVED)
         if is_alive(found):
             return Inspection(alive=True)
         return Inspection(alive=False, cause=cause_of_death(self._daemon, found))
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
-        found = self._containers.find(handle.sandbox_id)
-        if found is None or not self._containers.is_ours(found, handle.sandbox_id) or not is_alive(found):
+        found = self._containers.ours(handle.sandbox_id)
+        if found is None or not is_alive(found):
             raise SandboxLostError(f"the container of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved")
-        self._volumes.set_deadline(handle.sandbox_id, expires_at_s)
+        self._containers.volumes.set_deadline(handle.sandbox_id, expires_at_s)
 
     def list_owned(self) -> Sequence[Owned]:
         with self._daemon.asked("listing its containers"):
             containers = self._daemon.api.containers(all=True, filters=self._names.filters())
-        moved = self._volumes.latest()
+        moved = self._containers.volumes.latest()
         found: dict[str, Owned] = {}
         for container in containers:
             labels = container["Labels"]
@@ -194,10 +193,6 @@ class DockerBackend(Backend):
     @property
     def _containers(self) -> Containers:
         return Containers(self._daemon, self._names, self._options, self._clock)
-
-    @property
-    def _volumes(self) -> Volumes:
-        return Volumes(self._daemon, self._names)
 
     def _remove_litter(self) -> None:
         """Remove what crashed clients left: their sandboxes ended by themselves, but containers stay. Never raises."""

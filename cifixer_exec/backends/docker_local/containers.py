@@ -79,6 +79,11 @@ class Containers:
         """Whether it bears our labels, and not only a name like ours."""
         return self.names.has(found["Config"].get("Labels"), sandbox_id)
 
+    def ours(self, sandbox_id: str) -> dict[str, Any] | None:
+        """As :meth:`find`, and None for somebody else's."""
+        found = self.find(sandbox_id)
+        return found if found is not None and self.is_ours(found, sandbox_id) else None
+
     def check_ours(self, found: Mapping[str, Any], sandbox_id: str) -> None:
         """Raises SandboxStartError for somebody else's."""
         if not self.is_ours(found, sandbox_id):
@@ -162,7 +167,7 @@ class Containers:
             if not made_id and isinstance(error, APIError) and error.status_code == 409:
                 return False
             ours = _start_error(error, spec.sandbox_id)
-            self.daemon.heard(ours)
+            self.daemon.breaker.heard(ours)
             self._undo(spec.sandbox_id, made_id)
             raise ours from None
         except BaseException:
@@ -187,13 +192,10 @@ class Containers:
         facts, options = self.daemon.facts, self.options
         host = layout.host_config(
             spec,
-            memory=facts.memory,
-            cpus=facts.cpus,
-            processes=facts.max_processes,
+            facts=facts,
+            network_mode=network,
             volume=disk,
             of_image=volumes,
-            limit_inodes=not facts.podman,  # it refuses the mount option
-            network_mode=network,
             runtime=options.runtime,
             read_only=not (options.writable_root or token),
             as_root=bool(token),

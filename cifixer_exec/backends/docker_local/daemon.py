@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from cifixer_exec.backends.breaker import Breaker
 from cifixer_exec.backends.docker_local.ssh import SshRelay
 from cifixer_exec.backends.docker_local.stream import Endpoint, TcpEndpoint, UnixEndpoint
 from cifixer_exec.backends.docker_local.vendor_errors import translated
-from cifixer_exec.errors import BackendUnavailableError, CircuitOpenError, ExecutorError, InvalidRequestError
+from cifixer_exec.errors import InvalidRequestError
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 #: Of one request; a pull is many small answers.
@@ -81,9 +80,6 @@ class Daemon:
         self.breaker = Breaker(f"the Docker daemon at {address.host or DEFAULT_SOCKET}", self.ping)
         self._making = threading.Lock()
         self._known: Facts | None = None
-        #: Unix times: since when no request was answered, and the last one that was not.
-        self._away_since_s = self._failed_at_s = float("-inf")
-        self._away = False
         #: Prepared images that were there when this process last looked, with the places where they want volumes.
         self.images: dict[str, tuple[str, ...]] = {}
 
@@ -94,43 +90,15 @@ class Daemon:
         Raises:
             CircuitOpenError: the daemon has not answered for a while, so it is not asked.
         """
-        self.breaker.check()
-        try:
-            with translated(doing):
-                yield
-        except ExecutorError as error:
-            self.heard(error)
-            raise
-        self._answered()
-
-    def heard(self, error: Exception) -> None:
-        """Tell the breaker what came instead of the wanted answer: a refusal, or nothing."""
-        if isinstance(error, CircuitOpenError):
-            return
-        if isinstance(error, OSError | BackendUnavailableError):
-            now = time.time()
-            if not self._away:
-                self._away, self._away_since_s = True, now
-            self._failed_at_s = now
-            self.breaker.failed(str(error))
-        else:
-            self._answered()
-
-    def _answered(self) -> None:
-        self._away = False
-        self.breaker.succeeded()
+        with self.breaker.guarded(), translated(doing):
+            yield
 
     def ping(self) -> None:
         """Raises BackendUnavailableError when the daemon does not answer soon."""
-        version = (
-            self._known.api_version if self._known is not None else "auto"
-        )  # "auto" asks, and a client that cannot leaves its socket open
+        # "auto" asks for it, and a client that gets no answer leaves its socket open.
+        version = self._known.api_version if self._known is not None else "auto"
         with translated("asking whether it is there"), closing(self._client(PROBE_TIMEOUT_S, version)) as client:
             client.ping()
-
-    def was_away(self, at_s: float, *, within_s: float) -> bool:
-        """Whether its last silence towards this process has the Unix time ``at_s`` in it, or is no farther from it than ``within_s``."""
-        return self._away_since_s - within_s <= at_s <= self._failed_at_s + within_s
 
     @cached_property
     def endpoint(self) -> Endpoint:

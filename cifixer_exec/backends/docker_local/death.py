@@ -50,7 +50,7 @@ def _cause_of_kill(daemon: Daemon, found: Mapping[str, Any]) -> str:
     asked_for = "kill" in happened
     if not asked_for and ("oom" in happened or found["State"].get("OOMKilled")):
         return "out of memory: the kernel killed its first process"
-    if daemon.was_away(ended_at_s, within_s=_SKEW_S) or (asked_for and _is_going(daemon, ended_at_s)):
+    if daemon.breaker.was_silent(ended_at_s, within_s=_SKEW_S) or (asked_for and _is_going(daemon, ended_at_s)):
         return _RESTARTED
     return "its container was killed from outside" + (", by way of the Docker daemon" if asked_for else "")
 

@@ -10,6 +10,7 @@ import hashlib
 from typing import Any
 
 from cifixer_exec.backends.disk import disk_size_bytes
+from cifixer_exec.backends.docker_local.daemon import Facts
 from cifixer_exec.model import MIB, SandboxSpec
 
 RUNNER = "/run/cifixer/runner"
@@ -84,15 +85,14 @@ def environment(of_image: list[str]) -> dict[str, str]:
     return {**{name: value for name, value in defaults.items() if name not in named}, **ours}
 
 
-def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool, of_image: tuple[str, ...] = ()) -> dict[str, str]:
+def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool, of_image: tuple[str, ...]) -> dict[str, str]:
     """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited, too."""
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
     spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
-    inodes = f",nr_inodes={size // 4096 + 16384}" if limit_inodes else ""
-    writable = f"rw,exec,nosuid,nodev,size={size}{inodes}"
+    writable = f"rw,exec,nosuid,nodev,size={size}" + (f",nr_inodes={size // 4096 + 16384}" if limit_inodes else "")
     return {
         **dict.fromkeys(of_image, writable),
-        **({DISK: f"rw,exec,nosuid,nodev,mode=0755,size={size}{inodes}"} if disk else {}),
+        **({DISK: f"{writable},mode=0755"} if disk else {}),
         SPOOL: f"rw,noexec,nosuid,nodev,mode=0755,size={spool}",
         ETC: "rw,noexec,nosuid,nodev,mode=0755,size=1048576",
         CHANNEL: "rw,noexec,nosuid,nodev,mode=0700,size=65536",
@@ -102,29 +102,25 @@ def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inod
 def host_config(
     spec: SandboxSpec,
     *,
-    memory: bool,
-    cpus: bool,
-    processes: bool,
-    limit_inodes: bool,
-    volume: str,
-    of_image: tuple[str, ...],
+    facts: Facts,
     network_mode: str,
-    runtime: str,
-    read_only: bool,
-    as_root: bool,
+    volume: str = "",
+    of_image: tuple[str, ...] = (),
+    runtime: str = "",
+    read_only: bool = True,
+    as_root: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of docker-py's ``create_host_config``.
+    """Arguments of docker-py's ``create_host_config``; what the daemon cannot limit is left out.
 
-    ``memory``, ``cpus``, ``processes`` and ``limit_inodes``: whether the daemon can limit them. ``volume``: the name of the one that is the
-    disk, instead of memory. ``of_image``: where the image wants volumes and gets memory.
+    ``volume``: the name of the one that is the disk, instead of memory. ``of_image``: where the image wants volumes and gets memory.
     """
     limits: dict[str, Any] = {}
-    memory_bytes = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES) if memory else None
+    memory_bytes = int(spec.memory_bytes or DEFAULT_MEMORY_BYTES) if facts.memory else None
     if memory_bytes is not None:
         limits |= {"mem_limit": memory_bytes, "memswap_limit": memory_bytes}
-    if cpus:
+    if facts.cpus:
         limits["nano_cpus"] = int((spec.cpus or DEFAULT_CPUS) * 1e9)
-    if processes:
+    if facts.max_processes:
         own = ROOT_RUNNER_THREADS if as_root else RUNNER_THREADS
         limits["pids_limit"] = int(spec.max_processes or DEFAULT_MAX_PROCESSES) + own
     return {
@@ -141,7 +137,8 @@ def host_config(
         "runtime": runtime or None,
         "security_opt": ["no-new-privileges:true"],
         "shm_size": _SHM_BYTES,
-        "tmpfs": tmpfs(spec, memory_bytes=memory_bytes, disk=not volume, limit_inodes=limit_inodes, of_image=of_image),
+        # Podman refuses the mount option that limits the number of files.
+        "tmpfs": tmpfs(spec, memory_bytes=memory_bytes, disk=not volume, limit_inodes=not facts.podman, of_image=of_image),
         "binds": {volume: {"bind": DISK, "mode": "rw"}} if volume else None,
         # Open files are limited by the runner: more than the daemon itself may have would be refused, in words about rlimits.
         "ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
