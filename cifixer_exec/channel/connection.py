@@ -17,10 +17,10 @@ from cifixer_exec.channel.frames import (
     MalformedFrameError,
     decode_document,
     decode_output,
+    document_parts,
     encode_credit,
     encode_document,
     encode_frame,
-    encode_request,
 )
 from cifixer_exec.channel.transport import Transport
 
@@ -129,7 +129,7 @@ class Connection:
         number = next(self._numbers)
         call = self._calls[number] = _Call(window_bytes)
         finished = False
-        self._transport.send(encode_request(number, {"verb": verb, **arguments}, body))
+        self._transport.send(encode_frame(FrameType.REQUEST, number, *document_parts({"verb": verb, **arguments}, body)))
         try:
             if len(body) > WINDOW_BYTES // 4:
                 await self._drain()

@@ -56,22 +56,20 @@ class Answer:
     body: bytes = b""
 
 
-def encode_frame(type_: FrameType, call: int, payload: bytes | bytearray = b"") -> bytes:
-    """The bytes of one frame."""
-    return _HEADER.pack(len(payload) + _HEAD_BYTES, type_, call) + payload
+def encode_frame(type_: FrameType, call: int, *payload: bytes | bytearray | memoryview) -> bytes:
+    """The bytes of one frame; its payload may come in parts, so that a body of a mebibyte is copied once."""
+    return b"".join((_HEADER.pack(sum(map(len, payload)) + _HEAD_BYTES, type_, call), *payload))
+
+
+def document_parts(document: Mapping[str, Any], body: bytes | memoryview = b"") -> tuple[bytes | memoryview, ...]:
+    """The parts of a payload: length, JSON, body. Surrogates (non-UTF-8 file names) travel as ``\\udcXX`` escapes."""
+    text = json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _LENGTH.pack(len(text)), text, body
 
 
 def encode_document(document: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
-    """A payload: length, JSON, body. Surrogates (non-UTF-8 file names) travel as ``\\udcXX`` escapes."""
-    text = json.dumps(document, separators=(",", ":")).encode("ascii")
-    return b"".join((_LENGTH.pack(len(text)), text, body))
-
-
-def encode_request(call: int, document: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
-    """The bytes of a REQUEST; a body of a mebibyte is copied once."""
-    text = json.dumps(document, separators=(",", ":")).encode("ascii")
-    length = _HEAD_BYTES + _LENGTH.size + len(text) + len(body)
-    return b"".join((_HEADER.pack(length, FrameType.REQUEST, call), _LENGTH.pack(len(text)), text, body))
+    """The payload of :func:`document_parts` as one."""
+    return b"".join(document_parts(document, body))
 
 
 def decode_document(payload: bytes | bytearray) -> Answer:
