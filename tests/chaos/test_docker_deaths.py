@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cifixer_exec import AppConfig, SandboxEnvironment, Status, create_sandbox
+from cifixer_exec import AppConfig, BackendUnavailableError, SandboxEnvironment, Status, create_sandbox
+from cifixer_exec.channel import connection
 from cifixer_exec.model import MIB
 from tests.support.chaos_losses import FOREVER, TOLD_S, check_lost, check_refused
 from tests.support.chaos_stack import SHORT, SHORT_OUTPUT, Crew, check_once, run_in_background
@@ -97,6 +98,23 @@ def test_a_container_that_is_paused_for_a_while_goes_on_where_it_was(
         assert not queued.done()
     assert queued.result(timeout=10).stdout == b"on\n"
     check_once(sandbox, future.result(timeout=20), SHORT_OUTPUT)
+
+
+def test_a_container_that_is_paused_for_long_is_not_lost_and_who_comes_is_told_to_unpause_it(
+    threads: ThreadPoolExecutor, standing: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than the silence behind which a connection is given up; directly, because only here can that be made short."""
+    monkeypatch.setattr(connection, "PING_INTERVAL_S", 0.2)
+    monkeypatch.setattr(connection, "SILENCE_S", 1.0)
+    config = standing.config.with_(dispatch="direct")
+    with create_sandbox(config) as sandbox:
+        future = run_in_background(threads, sandbox, SHORT)
+        with paused_container(config, sandbox.sandbox_id):
+            time.sleep(PAUSE_S)
+            with pytest.raises(BackendUnavailableError, match="docker unpause cifixer-"):
+                sandbox.run_command("echo never >> ran")
+            assert not future.done()
+        check_once(sandbox, future.result(timeout=20), SHORT_OUTPUT)
 
 
 def test_a_paused_container_can_be_torn_down(config: AppConfig, sandbox: SandboxEnvironment) -> None:
