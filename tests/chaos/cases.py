@@ -151,10 +151,10 @@ async def _play(stage: Stage, outcome: Outcome, arm: Arm, story: Story) -> None:
     waited: list[asyncio.Future[Any]] = [made, first.ended, frozen]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     told = asyncio.create_task(_tell(stage, outcome, made, story))
-    second = asyncio.create_task(stage.worker())
+    second = asyncio.create_task(stage.worker(Arm(point="finish.before", action="note", kind=arm.kind)))
     try:
         if arm.action == "freeze":
-            await _wake_late(stage, first)
+            await _wake_late(stage, first, await second)
         async with asyncio.timeout(_OP_S):
             await told
             outcome.adopted = await _has_other_owner(stage, first)
@@ -181,13 +181,16 @@ async def _tell(stage: Stage, outcome: Outcome, made: asyncio.Task[None], story:
     outcome.op = await stage.journal.op(OP)
 
 
-async def _wake_late(stage: Stage, first: Worker) -> None:
-    """When the second worker has the sandbox under a higher epoch, the first goes on where it stood."""
+async def _wake_late(stage: Stage, first: Worker, second: Worker) -> None:
+    """The first goes on where it stood when the second is about to tell how the op ended: by then the runner has met it for sure."""
     await until(lambda: _is_frozen(stage, first))
-    await until(lambda: _has_other_owner(stage, first))
-    await asyncio.sleep(LEASE_S / 5)
+    await until(lambda: _has_passed(stage, second, "note finish.before"))
     first.signal(signal.SIGCONT)
     await until(lambda: _says(first, "fenced by "), patience_s=10)
+
+
+async def _has_passed(stage: Stage, worker: Worker, point: str) -> bool:
+    return point in passed(stage.workers, worker)
 
 
 async def _is_frozen(stage: Stage, first: Worker) -> bool:
