@@ -5,6 +5,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -40,6 +43,42 @@ func TestTokens(t *testing.T) {
 		}
 	}
 	s.dial(1).run("true") // a stranger's epoch fences nobody
+}
+
+func TestTheFirstHelloSaysTheToken(t *testing.T) {
+	s := serve(t, "--learn-token")
+	hello := func(token string) *channel {
+		return s.dialHello(object{"protocol": 1, "epoch": 1, "client": "x", "token": token})
+	}
+	if c := hello(""); c.final["code"] != codeUnauthorized {
+		t.Errorf("an empty token got %v", c.hello)
+	}
+	hello("first").run("true")
+	for _, token := range []string{"", "second"} {
+		if c := hello(token); c.final["code"] != codeUnauthorized {
+			t.Errorf("token %q got %v", token, c.hello)
+		}
+	}
+	hello("first").run("true")
+}
+
+func TestInstalledItCanBeRunAndNotRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "runner")
+	for range 2 { // an init container can be started again
+		if out, err := exec.Command(builtRunner, "install", path).CombinedOutput(); err != nil {
+			t.Fatalf("install: %v: %s", err, out)
+		}
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm() != 0o111 {
+		t.Fatalf("%v, %v", info, err)
+	}
+	if out, err := exec.Command(path, "version").Output(); err != nil || !strings.Contains(string(out), runnerVersion) {
+		t.Errorf("the copy said %q, %v", out, err)
+	}
+	if entries, _ := os.ReadDir(filepath.Dir(path)); len(entries) != 1 {
+		t.Errorf("left behind: %v", entries)
+	}
 }
 
 // TestReattach cuts the connection again and again while a command writes, and puts the

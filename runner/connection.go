@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"crypto/subtle"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -154,8 +153,7 @@ func (c *connection) readHello(head frameHead) (clientHello, error) {
 	if err := doc.decode(&hello); err != nil {
 		return hello, faultf(codeProtocol, "HELLO: %s", asFault(err).Message)
 	}
-	token := c.server.options.token
-	if token != "" && subtle.ConstantTimeCompare([]byte(token), []byte(hello.Token)) != 1 {
+	if !c.server.knows(hello.Token) {
 		return hello, faultf(codeUnauthorized, "the token is not this sandbox's")
 	}
 	if hello.Protocol != protocolVersion {

@@ -12,10 +12,11 @@ const (
 	protocolVersion = 1
 )
 
-const usage = `usage: runner serve|bridge|supervise|launch|confine|version [flags]
+const usage = `usage: runner serve|bridge|install|supervise|launch|confine|version [flags]
 
   serve      run commands for workers that connect to a Unix socket
   bridge     join standard input and output to that socket
+  install    copy this program to where a sandbox finds it
   launch     open the socket on the host and start a sandbox that serves it
   version    print the version
 (supervise and confine are started by serve and launch only; see docs/protocol.md)
@@ -30,7 +31,7 @@ func main() {
 		os.Exit(2)
 	}
 	subcommands := map[string]func([]string) int{
-		"serve": serveMain, "bridge": bridgeMain, "supervise": superviseMain,
+		"serve": serveMain, "bridge": bridgeMain, "supervise": superviseMain, "install": installMain,
 		"launch": launchMain, "confine": confineMain, "version": versionMain,
 	}
 	run, known := subcommands[os.Args[1]]

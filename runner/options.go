@@ -29,6 +29,7 @@ type serveOptions struct {
 	keepCapabilities         bool // commands may do what the container may: for package managers
 	expiresIn                time.Duration
 	token                    string
+	learnToken               bool // the first HELLO says the secret: before it, nothing of the sandbox can have run
 }
 
 // stringList is a flag that may be given several times.
@@ -57,6 +58,7 @@ func parseServe(args []string) (*serveOptions, error) {
 	flags.BoolVar(&o.keepSocket, "keep-socket", false, "")
 	flags.BoolVar(&o.keepCapabilities, "keep-capabilities", false, "")
 	tokenName := flags.String("token-env", "", "")
+	flags.BoolVar(&o.learnToken, "learn-token", false, "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
@@ -65,6 +67,9 @@ func parseServe(args []string) (*serveOptions, error) {
 	}
 	if !(*expires >= 0 && *expires <= maxSeconds) || o.maxCommands < 1 {
 		return nil, fmt.Errorf("--expires-in must not be negative and --max-commands is at least 1")
+	}
+	if o.learnToken && *tokenName != "" {
+		return nil, fmt.Errorf("--learn-token and --token-env exclude each other")
 	}
 	o.expiresIn = seconds(*expires)
 	return o, o.complete(*user, *tokenName)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/rand"
+	"crypto/subtle"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -157,6 +158,20 @@ func (s *server) admit() bool {
 	}
 	s.strangers++
 	return true
+}
+
+// knows says whether the token of a HELLO is the sandbox's; with --learn-token the first one becomes it.
+func (s *server) knows(token string) bool {
+	s.joining.Lock()
+	defer s.joining.Unlock()
+	if s.options.learnToken {
+		if token == "" {
+			return false
+		}
+		s.options.token, s.options.learnToken = token, false
+	}
+	known := s.options.token
+	return known == "" || subtle.ConstantTimeCompare([]byte(known), []byte(token)) == 1
 }
 
 // join checks a connection's epoch and answers its HELLO. Of two owners at once the newer wins:
