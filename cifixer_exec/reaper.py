@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cifixer_exec.backends.base import Backend, Owned
-from cifixer_exec.backends.threads import asking
+from cifixer_exec.backends.threads import asking, batches
 from cifixer_exec.errors import BackendError
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.journal import Journal
@@ -62,14 +62,17 @@ class Reaper:
         Raises:
             BackendUnavailableError, QueueUnavailableError: nothing was done, because not everything is known.
         """
-        # The platform first: what is created between the two looks is then in the registry, and not the other way round.
-        found = await asking(self._backend.list_owned)
         records = {r.sandbox_id: r for r in await self._journal.sandboxes()}
-        if await self._journal.age_s() < self._grace_s:
-            # Redis may just have lost everything: the owners are about to register again what lives.
-            found = [o for o in found if o.handle.sandbox_id in records]
-        doomed = [o for o in found if self._is_doomed(o, records.get(o.handle.sandbox_id))][: self._limit]
-        dead = await self._dead(records)
+        # Redis may just have lost everything: then the owners are about to register again what lives.
+        forgetful = await self._journal.age_s() < self._grace_s
+        doomed: list[Owned] = []
+        living: set[str] = set()
+        # What is created between the two looks is young, and looked up again before it goes.
+        async for listed in batches(self._backend.list_owned):
+            candidates = [o for o in listed if not forgetful or o.handle.sandbox_id in records]
+            doomed += [o for o in candidates if self._is_doomed(o, records.get(o.handle.sandbox_id))][: self._limit - len(doomed)]
+            living.update(o.handle.sandbox_id for o in listed if o.alive)
+        dead = await self._dead(r for r in records.values() if r.sandbox_id not in living)
         if dry_run:
             return Reaped(destroyed=_ids(doomed), closed=tuple(sorted(dead)), dry_run=True)
         destroyed, failed = await self._destroy(doomed, records)
@@ -110,10 +113,10 @@ class Reaper:
             self._count(EXPIRED if sandbox_id in records else UNKNOWN)
         return tuple(destroyed), tuple(failed)
 
-    async def _dead(self, records: dict[str, SandboxRecord]) -> dict[str, str]:
+    async def _dead(self, records: Iterable[SandboxRecord]) -> dict[str, str]:
         """Ready entries of this placement whose sandbox is gone, with the cause of its death."""
         dead: dict[str, str] = {}
-        for record in records.values():
+        for record in records:
             if record.backend != self._backend.name or record.placement != self._backend.placement or record.handle is None:
                 continue
             if record.state == "closing" and self._clock() < record.expires_ms / 1000:

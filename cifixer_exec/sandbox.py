@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from cifixer_exec.backends.base import Backend
-from cifixer_exec.backends.threads import asking, creating
+from cifixer_exec.backends.threads import asking, batches, creating
 from cifixer_exec.channel.channel import Channel
 from cifixer_exec.channel.frames import Answer
 from cifixer_exec.errors import BackendError, InvalidRequestError, OutcomeUnknownError, SandboxLostError, SandboxNotFoundError
@@ -267,11 +267,11 @@ class DirectPort:
         Raises:
             SandboxNotFoundError: none of this id lives here.
         """
-        for owned in await asking(backend.list_owned):
-            alive = owned.handle.sandbox_id == sandbox_id and (await asking(backend.inspect, owned.handle)).alive
-            if alive:
+        async for listed in batches(backend.list_owned):
+            handle = next((owned.handle for owned in listed if owned.handle.sandbox_id == sandbox_id), None)
+            if handle is not None and (await asking(backend.inspect, handle)).alive:
                 spec = SandboxSpec(backend=backend.name, sandbox_id=sandbox_id)
-                return cls(backend, spec, client=client, session=SandboxSession(backend, owned.handle, spec, epoch=0, client=client))
+                return cls(backend, spec, client=client, session=SandboxSession(backend, handle, spec, epoch=0, client=client))
         raise SandboxNotFoundError(f"no sandbox {sandbox_id!r} lives on backend {backend.name!r} here")
 
     async def create(self) -> None:

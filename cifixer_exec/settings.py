@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,9 @@ from cifixer_exec.model import MIB, check_env, check_timeout_s
 
 DISPATCH_MODES = ("queue", "direct")
 DOCKER_DISKS = ("memory", "volume")
+#: Of a Pod that ends; more only keeps who tears down waiting, because the runner ends by SIGKILL alone.
+MOST_GRACE_S = 300
+KUBERNETES_DISKS = ("memory", "node")
 
 
 def default_state_dir() -> Path:
@@ -89,11 +93,34 @@ class AppConfig:
     docker_writable_root: bool = False
     docker_commands_as_root: bool = False
 
+    kubernetes_kubeconfig: str = ""
+    kubernetes_context: str = ""
+    kubernetes_namespace: str = ""
+    kubernetes_cluster: str = ""
+    kubernetes_service_account: str = "ci-fixer-sandbox"
+    kubernetes_runner_image: str = ""
+    kubernetes_cpu_request: float = 0.25
+    kubernetes_memory_request_bytes: int = 512 * MIB
+    kubernetes_disk: str = "memory"
+    kubernetes_volume_claim: str = ""
+    kubernetes_writable_root: bool = False
+    kubernetes_runtime_class: str = ""
+    kubernetes_priority_class: str = ""
+    kubernetes_network_policies: bool = False
+    kubernetes_grace_s: int = 1
+    kubernetes_pod_template: str = ""
+
     def __post_init__(self) -> None:
         if self.dispatch not in DISPATCH_MODES:
             raise InvalidRequestError(f"dispatch={self.dispatch!r} is not known: take one of {', '.join(DISPATCH_MODES)}")
         if self.docker_disk not in DOCKER_DISKS:
             raise InvalidRequestError(f"docker_disk={self.docker_disk!r} is not known: take one of {', '.join(DOCKER_DISKS)}")
+        if self.kubernetes_disk not in KUBERNETES_DISKS:
+            raise InvalidRequestError(f"kubernetes_disk={self.kubernetes_disk!r} is not known: take one of {', '.join(KUBERNETES_DISKS)}")
+        if not 0 <= self.kubernetes_grace_s <= MOST_GRACE_S:
+            raise InvalidRequestError(f"kubernetes_grace_s={self.kubernetes_grace_s!r} is not usable: give seconds from 0 to {MOST_GRACE_S}")
+        if not (0 < self.kubernetes_cpu_request < inf and self.kubernetes_memory_request_bytes > 0):
+            raise InvalidRequestError("kubernetes_cpu_request and kubernetes_memory_request_bytes must be more than 0")
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
             raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
         if not self.namespace or any(c in self.namespace for c in "*?[]\\/ "):
@@ -230,6 +257,22 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_DOCKER_NETWORK": ("docker_network", str),
     "CIFIXER_DOCKER_WRITABLE_ROOT": ("docker_writable_root", _flag),
     "CIFIXER_DOCKER_COMMANDS_AS_ROOT": ("docker_commands_as_root", _flag),
+    "CIFIXER_KUBERNETES_KUBECONFIG": ("kubernetes_kubeconfig", str),
+    "CIFIXER_KUBERNETES_CONTEXT": ("kubernetes_context", str),
+    "CIFIXER_KUBERNETES_NAMESPACE": ("kubernetes_namespace", str),
+    "CIFIXER_KUBERNETES_CLUSTER": ("kubernetes_cluster", str),
+    "CIFIXER_KUBERNETES_SERVICE_ACCOUNT": ("kubernetes_service_account", str),
+    "CIFIXER_KUBERNETES_RUNNER_IMAGE": ("kubernetes_runner_image", str),
+    "CIFIXER_KUBERNETES_CPU_REQUEST": ("kubernetes_cpu_request", float),
+    "CIFIXER_KUBERNETES_MEMORY_REQUEST": ("kubernetes_memory_request_bytes", _size),
+    "CIFIXER_KUBERNETES_DISK": ("kubernetes_disk", str),
+    "CIFIXER_KUBERNETES_VOLUME_CLAIM": ("kubernetes_volume_claim", str),
+    "CIFIXER_KUBERNETES_WRITABLE_ROOT": ("kubernetes_writable_root", _flag),
+    "CIFIXER_KUBERNETES_RUNTIME_CLASS": ("kubernetes_runtime_class", str),
+    "CIFIXER_KUBERNETES_PRIORITY_CLASS": ("kubernetes_priority_class", str),
+    "CIFIXER_KUBERNETES_NETWORK_POLICIES": ("kubernetes_network_policies", _flag),
+    "CIFIXER_KUBERNETES_GRACE_S": ("kubernetes_grace_s", int),
+    "CIFIXER_KUBERNETES_POD_TEMPLATE": ("kubernetes_pod_template", str),
 }
 
 assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # each field has its variable

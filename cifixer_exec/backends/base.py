@@ -7,7 +7,7 @@ same placement can go on with it. Commands and files are none of its business: t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cifixer_exec.backends.breaker import BreakerState
@@ -18,11 +18,15 @@ from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, 
 
 @dataclass(frozen=True, kw_only=True)
 class Owned:
-    """A sandbox found on the platform by our labels. ``expires_at_s`` and ``created_at_s`` are Unix times."""
+    """A sandbox found on the platform by our labels. ``expires_at_s`` and ``created_at_s`` are Unix times.
+
+    ``alive``: as the listing itself told; None where only :meth:`Backend.inspect` can.
+    """
 
     handle: SandboxHandle
     created_at_s: float
     expires_at_s: float
+    alive: bool | None = None
 
 
 class Backend(ABC):
@@ -81,8 +85,8 @@ class Backend(ABC):
         """Move the platform's own deadline. Raises SandboxLostError when the sandbox is gone."""
 
     @abstractmethod
-    def list_owned(self) -> Sequence[Owned]:
-        """Every sandbox of this placement that bears our labels, also half-made ones.
+    def list_owned(self) -> Iterable[Owned]:
+        """Every sandbox of this placement that bears our labels, also half-made ones; where there may be very many, by and by.
 
         Raises:
             BackendUnavailableError: the platform does not answer (never an empty list instead).

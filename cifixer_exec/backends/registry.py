@@ -50,10 +50,47 @@ def _docker_local(config: AppConfig) -> Backend:
     )
 
 
-#: They follow behind the same contract.
-PLANNED = ("kubernetes", "e2b")
+def _kubernetes(config: AppConfig) -> Backend:
+    try:
+        from cifixer_exec.backends.kubernetes import Address, KubernetesBackend, KubernetesOptions
+        from cifixer_exec.backends.kubernetes.template import read
+    except ModuleNotFoundError as error:
+        mend = "install the 'kubernetes' extra (pip install 'cifixer-exec[kubernetes]')"
+        raise BackendUnavailableError(f"backend 'kubernetes' needs the package {error.name!r}: {mend}", mend) from None
 
-_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local, "docker_local": _docker_local}
+    options = KubernetesOptions(
+        service_account=config.kubernetes_service_account,
+        runner_image=config.kubernetes_runner_image,
+        cpu_request=config.kubernetes_cpu_request,
+        memory_request_bytes=config.kubernetes_memory_request_bytes,
+        disk=config.kubernetes_disk,
+        volume_claim=config.kubernetes_volume_claim,
+        writable_root=config.kubernetes_writable_root,
+        runtime_class=config.kubernetes_runtime_class,
+        priority_class=config.kubernetes_priority_class,
+        network_policies=config.kubernetes_network_policies,
+        grace_s=config.kubernetes_grace_s,
+        # Who waits for the sandbox shall hear why it does not start, and not only that.
+        start_timeout_s=config.start_timeout_s * _SHARE_OF_START,
+        pod_template=read(config.kubernetes_pod_template),
+    )
+    return KubernetesBackend(
+        address=Address(
+            kubeconfig=config.kubernetes_kubeconfig, context=config.kubernetes_context, namespace=config.kubernetes_namespace
+        ),
+        # Direct sandboxes are in no registry: a reaper must not take them for orphans.
+        namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
+        cluster_name=config.kubernetes_cluster,
+        options=replace(options, image=config.image) if config.image else options,
+    )
+
+
+_SHARE_OF_START = 0.9
+
+#: They follow behind the same contract.
+PLANNED = ("e2b",)
+
+_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local, "docker_local": _docker_local, "kubernetes": _kubernetes}
 
 
 def backend_names() -> tuple[str, ...]:

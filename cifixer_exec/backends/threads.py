@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache
+from itertools import islice
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -29,6 +30,13 @@ async def creating(create: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
 async def asking(verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The result of any other verb; it goes on as well."""
     return await _run(_threads(os.getpid(), "ask", MOST_CALLS), lambda: verb(*args, **kwargs))
+
+
+async def batches(listing: Callable[[], Iterable[T]], size: int = 500) -> AsyncIterator[list[T]]:
+    """What ``listing`` gives, some at a time: it may ask its platform for each, and so goes on in threads."""
+    items = iter(await asking(listing))
+    while batch := await asking(lambda: list(islice(items, size))):
+        yield batch
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from cifixer_exec.backends.base import Backend, Owned
-from cifixer_exec.backends.threads import asking
+from cifixer_exec.backends.threads import asking, batches
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.queues import placement_queue
 from cifixer_exec.store.journal import Journal
@@ -28,7 +28,7 @@ async def restore(*, journal: Journal, backend: Backend, ownership: Ownership, w
     missing = await _compare(journal, backend, ownership, wid)
     restored = []
     if missing:
-        found = {owned.handle.sandbox_id: owned for owned in await asking(backend.list_owned)}
+        found = {o.handle.sandbox_id: o async for listed in batches(backend.list_owned) for o in listed if o.handle.sandbox_id in missing}
         for sandbox_id, known in missing.items():
             owned = found.get(sandbox_id)
             if owned is None or not (await asking(backend.inspect, owned.handle)).alive:

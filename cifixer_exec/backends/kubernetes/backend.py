@@ -1,0 +1,245 @@
+"""The Kubernetes backend: each sandbox is a Job, in whose Pod the runner is PID 1.
+
+Everything that is known of a sandbox is in its Job (names.py), so that any process with rights in the namespace can go on with it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.backends.breaker import BreakerState
+from cifixer_exec.backends.kubernetes import death, rights
+from cifixer_exec.backends.kubernetes.cluster import METADATA_ONLY, Cluster, cluster_at
+from cifixer_exec.backends.kubernetes.credentials import Address
+from cifixer_exec.backends.kubernetes.job import BRIDGE, CONTAINER, KubernetesOptions, check_image, manifest
+from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over
+from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX, SANDBOX_ID, Names, annotations_of, runner_token
+from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
+from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, exec_in
+from cifixer_exec.backends.threads import asking
+from cifixer_exec.channel.transport import Dial, Transport
+from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
+from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, SandboxSpec, check_id
+
+#: In a handle's data.
+JOB_UID, POD, POD_UID = "job_uid", "pod", "pod_uid"
+
+
+class KubernetesBackend(Backend):
+    """See the module. ``namespace``: what is labelled with it is ours to reap. ``cluster_name``: where one Redis serves several clusters."""
+
+    name = "kubernetes"
+
+    def __init__(
+        self,
+        *,
+        address: Address,
+        namespace: str,
+        cluster_name: str = "",
+        options: KubernetesOptions | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._address = address
+        self._names = Names(namespace)
+        self._cluster_name = cluster_name
+        self._options = options or KubernetesOptions()
+        self._clock = clock
+
+    @property
+    def placement(self) -> str:
+        """The namespace of the cluster. Raises BackendUnavailableError when there are no credentials."""
+        return ".".join(part for part in (self._cluster_name, self._cluster.namespace) if part)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            images=True,
+            memory=True,
+            cpus=True,
+            disk=self._options.disk == "memory" and not self._options.volume_claim,
+            max_processes=True,
+            networks=self._options.networks,
+        )
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        return self._cluster.breaker.state
+
+    def remedy_for(self, name: str) -> str:
+        if name == "readonly_paths":
+            return "the nodes are other machines; put what is needed into the image, or upload it"
+        if name == "disk_bytes":
+            return "leave it out: with CIFIXER_KUBERNETES_DISK=node or a volume claim the size of the disk is not limited exactly"
+        return super().remedy_for(name)
+
+    def probe(self) -> Health:
+        """Asks for our rights and for a Job that is checked and not made (``dryRun``); no Pod is started."""
+        details: dict[str, str] = {}
+        try:
+            cluster = self._cluster
+            details |= {"server": cluster.credentials.host, "placement": self.placement, "networks": ", ".join(self._options.networks)}
+            if self._options.networks == ("cluster",):
+                details["networks_remedy"] = "apply k8s/networkpolicy and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
+            if lacking := rights.missing(cluster):
+                mend = "kubectl apply -f k8s/rbac/k8s.yaml"
+                summary = f"the Kubernetes API does not let us: {', '.join(lacking)} in namespace {cluster.namespace!r}"
+                return Health(ok=False, summary=summary, remedy=mend, details=details)
+            self._try_out()
+        except ExecutorError as error:
+            return Health(ok=False, summary=str(error), remedy=error.code, details=details)
+        return Health(ok=True, summary="the Kubernetes API takes sandboxes; none was started", details=details)
+
+    def _try_out(self) -> None:
+        spec = SandboxSpec(backend=self.name, sandbox_id="probe", lifetime_s=60)
+        self._jobs.post(self._manifest(spec), dry_run=True)
+
+    def create(self, spec: SandboxSpec) -> SandboxHandle:
+        self.check(spec)
+        check_id(spec.sandbox_id, "sandbox id")
+        check_image(spec.image or self._options.image)
+        job_uid, pod = self._jobs.make(spec.sandbox_id, lambda: self._manifest(spec))
+        data = {JOB_UID: job_uid, POD: pod["metadata"]["name"], POD_UID: pod["metadata"]["uid"]}
+        return self._handle(spec.sandbox_id, data)
+
+    def _manifest(self, spec: SandboxSpec) -> dict[str, Any]:
+        return manifest(spec, names=self._names, placement=self.placement, options=self._options, now_s=self._clock())
+
+    def token(self, handle: SandboxHandle) -> str:
+        return runner_token(str(handle.data[JOB_UID])) if JOB_UID in handle.data else ""
+
+    def dial(self, handle: SandboxHandle) -> Dial:
+        cluster = self._cluster
+
+        async def dial() -> Transport:
+            if cluster.breaker.state is not BreakerState.CLOSED:
+                await asking(cluster.breaker.check)
+            pod = str(handle.data.get(POD, "")) or await asking(self._pod_name, handle)
+            for attempt in (1, 2):
+                try:
+                    return await exec_in(cluster, pod=pod, container=CONTAINER, command=BRIDGE)
+                except RefusedError as error:
+                    if error.code != 401 or attempt > 1:
+                        raise await self._no_exec(handle, error) from None
+                    cluster.log_in_again()
+                except TimeoutError:
+                    await self._check_there()
+                    raise BackendUnavailableError(f"the Kubernetes API has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
+                except OSError as error:
+                    cluster.breaker.heard(error)
+                    raise
+            raise AssertionError  # the second attempt returns or raises
+
+        return dial
+
+    def _pod_name(self, handle: SandboxHandle) -> str:
+        pod = self._pod(handle)
+        if pod is None:
+            raise ConnectionError("its Pod is not there")
+        return str(pod["metadata"]["name"])
+
+    def _pod(self, handle: SandboxHandle) -> dict[str, Any] | None:
+        """Handles from a listing know their Job alone."""
+        if POD in handle.data:
+            return self._jobs.pod(str(handle.data[POD]), str(handle.data[POD_UID]))
+        return next(iter(self._jobs.pods(handle.sandbox_id, str(handle.data.get(JOB_UID, "")))), None)
+
+    async def _no_exec(self, handle: SandboxHandle, error: RefusedError) -> Exception:
+        """What a refused exec means for the sandbox: gone, out of reach for now, or not ours to reach."""
+        if error.code == 403 and (lacking := await asking(rights.missing, self._cluster, rights.EXEC)):
+            mend = "kubectl apply -f k8s/rbac/k8s.yaml"
+            return BackendUnavailableError(f"the Kubernetes API does not let us {' and '.join(lacking)}: {mend}", mend)
+        if error.code in (401, 403, 429):
+            return translate(error, "the exec that is the channel to the sandbox")
+        if error.code >= 500 and (await asking(self.inspect, handle)).alive:
+            # Its node, or the way to it, does not answer. A living sandbox must not be taken for lost, and removed, for that.
+            return BackendUnavailableError(f"the API server does not reach the sandbox's node: {error}")
+        return ConnectionError(str(error))
+
+    async def _check_there(self) -> None:
+        """One sandbox whose execs hang must not open the breaker for all others."""
+        try:
+            await asking(self._cluster.ping)
+        except BackendUnavailableError as error:
+            self._cluster.breaker.heard(error)
+
+    def destroy(self, handle: SandboxHandle) -> None:
+        self._jobs.remove(handle.sandbox_id)
+
+    def inspect(self, handle: SandboxHandle) -> Inspection:
+        job, pod = self._jobs.find(handle.sandbox_id), self._pod(handle)
+        if job is not None and job["metadata"]["uid"] != handle.data.get(JOB_UID, job["metadata"]["uid"]):
+            job = None  # another one of its name
+        found = death.inspected(job, pod)
+        if found is not None:
+            return found
+        pod_uid = str(handle.data.get(POD_UID, "")) or (str(pod["metadata"]["uid"]) if pod is not None else "")
+        return Inspection(alive=False, cause=death.from_events(self._cluster, pod_uid, pod))
+
+    def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
+        """The Job's deadline counts from its start by the API server's clock, so that ours does not matter."""
+        answer = self._jobs.ask(handle.sandbox_id)
+        job = answer.document if answer is not None else None
+        if answer is None or job is None or is_over(job) or job["metadata"]["uid"] != handle.data.get(JOB_UID, job["metadata"]["uid"]):
+            raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved")
+        began_s = _unix_time(str((job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]))
+        deadline_s = max(1, math.ceil(answer.at_s - began_s + expires_at_s - self._clock()))
+        changes = {
+            "metadata": {"annotations": {EXPIRES_AT: f"{expires_at_s:.3f}"}},
+            "spec": {"activeDeadlineSeconds": deadline_s},
+        }
+        if self._jobs.patch(handle.sandbox_id, changes) is None:
+            raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} has just gone, so its lifetime cannot be moved")
+
+    def list_owned(self) -> Iterable[Owned]:
+        """By pages, as they are wanted."""
+        seals: set[str] = set()
+        for page in self._cluster.pages(self._jobs.path, "listing its Jobs", selector=self._names.selector()):
+            for job in page:
+                seals.add(str(job["metadata"]["labels"][SANDBOX]))
+                yield from self._owned(job, {JOB_UID: job["metadata"]["uid"]}, alive=not is_over(job) or None)
+        pods = f"/api/v1/namespaces/{self._cluster.namespace}/pods"
+        for page in self._cluster.pages(pods, "listing its Pods", selector=self._names.selector(), accept=METADATA_ONLY):
+            for pod in page:
+                if pod["metadata"]["labels"][SANDBOX] not in seals and not pod["metadata"].get("deletionTimestamp"):
+                    # Its Job was deleted without it.
+                    yield from self._owned(pod, {POD: pod["metadata"]["name"], POD_UID: pod["metadata"]["uid"]}, alive=None)
+
+    def _owned(self, found: dict[str, Any], data: dict[str, str], *, alive: bool | None) -> Iterator[Owned]:
+        told = annotations_of(found)
+        if SANDBOX_ID not in told or not self._names.has(found, told[SANDBOX_ID]):
+            return  # labelled by somebody who is not us
+        created_s = _number(told.get(CREATED_AT), _unix_time(str(found["metadata"]["creationTimestamp"])))
+        expires_s = _number(told.get(EXPIRES_AT), created_s)
+        handle = self._handle(told[SANDBOX_ID], data)
+        yield Owned(handle=handle, created_at_s=created_s, expires_at_s=expires_s, alive=alive)
+
+    def _handle(self, sandbox_id: str, data: dict[str, str]) -> SandboxHandle:
+        return SandboxHandle(backend=self.name, sandbox_id=sandbox_id, placement=self.placement, data=data)
+
+    @property
+    def _cluster(self) -> Cluster:
+        return cluster_at(self._address)
+
+    @property
+    def _jobs(self) -> Jobs:
+        return Jobs(self._cluster, self._names, self._options)
+
+
+def _unix_time(text: str) -> float:
+    """Of an RFC 3339 time; 0 where there is none."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _number(text: str | None, otherwise: float) -> float:
+    try:
+        return float(text) if text is not None else otherwise
+    except ValueError:
+        return otherwise

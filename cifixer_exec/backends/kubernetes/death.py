@@ -1,0 +1,103 @@
+"""Whether a sandbox lives, and why not: as its Pod, its Job and their events tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.verdicts import disruption, is_running, terminated
+from cifixer_exec.errors import ExecutorError
+from cifixer_exec.model import Inspection
+
+DELETED = "its Job was deleted"
+_EXPIRED_TEXT = "its lifetime ended"
+#: Exit code of the runner when its lifetime ended, and of what was killed.
+_EXPIRED, _KILLED = 3, 137
+#: What is said of DisruptionTarget conditions; others are given as they are.
+_DISRUPTIONS = {
+    "PreemptionByScheduler": "its Pod was preempted by one of a higher priority",
+    "DeletionByTaintManager": "its node was lost or tainted, and its Pod removed from there",
+    "DeletionByPodGC": "its node is gone",
+    "EvictionByEvictionAPI": "its Pod was evicted by way of the API, as when a node is drained",
+    "TerminationByKubelet": "its Pod was ended by its node",
+}
+#: The same from events, when the Pod is gone altogether.
+_EVENTS = {
+    "Preempted": _DISRUPTIONS["PreemptionByScheduler"],
+    "TaintManagerEviction": _DISRUPTIONS["DeletionByTaintManager"],
+    "NodeNotReady": "its node is lost",
+    "Evicted": "its Pod was evicted",
+}
+
+
+def inspected(job: Mapping[str, Any] | None, pod: Mapping[str, Any] | None) -> Inspection | None:
+    """What the two objects tell; None where only events could."""
+    if pod is not None and is_running(pod) and not pod["metadata"].get("deletionTimestamp") and not _node_lost(pod):
+        return Inspection(alive=True)
+    cause = _of_pod(pod) or _of_job(job)
+    return Inspection(alive=False, cause=cause) if cause else None
+
+
+def _of_pod(pod: Mapping[str, Any] | None) -> str:
+    if pod is None:
+        return ""
+    status = pod.get("status") or {}
+    if status.get("reason") == "DeadlineExceeded":
+        return _EXPIRED_TEXT
+    if status.get("reason") == "Evicted":
+        return f"its Pod was evicted: {status.get('message') or 'the node had too little of something'}"
+    if target := disruption(pod):
+        said = _DISRUPTIONS.get(str(target.get("reason")), f"its Pod was disrupted: {target.get('reason')}")
+        return f"{said}: {target['message']}" if target.get("message") else said
+    if status.get("reason") == "NodeLost" or _node_lost(pod):
+        return "its node is lost"
+    return _of_container(terminated(pod))
+
+
+def _of_container(ended: Mapping[str, Any]) -> str:
+    if not ended:
+        return ""
+    if ended.get("reason") == "OOMKilled":
+        return "out of memory: the kernel killed its first process"
+    code = ended.get("exitCode")
+    if code == _EXPIRED:
+        return _EXPIRED_TEXT
+    if code == _KILLED:
+        return ""  # who did it, the Job may know
+    said = str(ended.get("message") or ended.get("reason") or "")
+    return f"its container ended with exit code {code}" + (f": {said}" if said else "")
+
+
+def _node_lost(pod: Mapping[str, Any]) -> bool:
+    """The node does not report any more.
+
+    https://kubernetes.io/docs/concepts/architecture/nodes/#node-controller: unreachable nodes' Pods are marked not ready.
+    """
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(c.get("type") == "Ready" and c.get("reason") in ("NodeLost", "NodeNotReady", "NodeStatusUnknown") for c in conditions)
+
+
+def _of_job(job: Mapping[str, Any] | None) -> str:
+    if job is None or job["metadata"].get("deletionTimestamp"):
+        return DELETED
+    for condition in (job.get("status") or {}).get("conditions") or []:
+        if condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True":
+            if condition.get("reason") == "DeadlineExceeded":
+                return _EXPIRED_TEXT
+    return ""
+
+
+def from_events(cluster: Cluster, pod_uid: str, pod: Mapping[str, Any] | None) -> str:
+    """The cause, when the objects did not tell it."""
+    with suppress(ExecutorError):
+        path = f"/api/v1/namespaces/{cluster.namespace}/events"
+        answer = cluster.get(path, "looking for the cause of death", fieldSelector=f"involvedObject.uid={pod_uid}", limit="50")
+        reasons = {str(e.get("reason")): str(e.get("message") or "") for e in (answer.document.get("items") or [])} if answer else {}
+        for reason, said in _EVENTS.items():
+            if reason in reasons:
+                return f"{said}: {reasons[reason]}" if reasons[reason] else said
+    if pod is None:
+        return "its Pod was deleted"
+    return "its Pod is being deleted" if pod["metadata"].get("deletionTimestamp") else "its container was killed from outside"

@@ -1,0 +1,198 @@
+"""Making, finding and removing the Jobs of sandboxes."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from cifixer_exec.backends.kubernetes.cluster import Answer, Cluster
+from cifixer_exec.backends.kubernetes.job import KubernetesOptions
+from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
+from cifixer_exec.backends.kubernetes.start import PassingError, Start
+from cifixer_exec.backends.kubernetes.upload import upload_runner
+from cifixer_exec.errors import BackendError, ExecutorError, SandboxStartError
+
+#: Starts of one sandbox, when the cluster itself ended the Pod (evicted, preempted, node lost) before it ran; and the pause before another.
+STARTS, START_PAUSE_S = 3, 1.0
+#: How often one that is being deleted is looked at again.
+LOOK_S = 0.05
+MOST_LOOK_S = 0.5
+#: So long after its grace a Pod may still be there; then its node does not answer, and the cluster ends it when it does.
+DELETE_SLACK_S = 15.0
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Of one namespace of ours in one of the cluster's."""
+
+    cluster: Cluster
+    names: Names
+    options: KubernetesOptions
+
+    @property
+    def path(self) -> str:
+        return f"/apis/batch/v1/namespaces/{quote(self.cluster.namespace)}/jobs"
+
+    def ask(self, sandbox_id: str) -> Answer | None:
+        """The Job of this name, if it is ours."""
+        answer = self.cluster.get(f"{self.path}/{self.names.job(sandbox_id)}", f"looking for sandbox {sandbox_id!r}")
+        return answer if answer is not None and self.names.has(answer.document, sandbox_id) else None
+
+    def find(self, sandbox_id: str) -> dict[str, Any] | None:
+        """As :meth:`ask`, without the time."""
+        answer = self.ask(sandbox_id)
+        return answer.document if answer is not None else None
+
+    def pod(self, name: str, uid: str) -> dict[str, Any] | None:
+        """The very one, and not another of its name."""
+        answer = self.cluster.get(f"{self._pods}/{quote(name)}", f"looking for Pod {name!r}")
+        return answer.document if answer is not None and answer.document["metadata"]["uid"] == uid else None
+
+    def pods(self, sandbox_id: str, job_uid: str = "") -> list[dict[str, Any]]:
+        """Those of a sandbox, or of one Job of it."""
+        doing = f"looking for the Pod of sandbox {sandbox_id!r}"
+        pages = self.cluster.pages(self._pods, doing, selector=self.names.selector(sandbox_id))
+        found = [pod for page in pages for pod in page if self.names.has(pod, sandbox_id)]
+        return [pod for pod in found if not job_uid or owner_of(pod) == job_uid]
+
+    def post(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any] | None:
+        """The Job as it was made; None where there is one of its name.
+
+        Raises:
+            InvalidRequestError, CapacityError, BackendError: as the API server says.
+        """
+        doing = f"making the Job {manifest['metadata']['name']!r}"
+        try:
+            return self.cluster.ask("POST", self.path, doing, query={"dryRun": "All"} if dry_run else None, body=manifest).document
+        except RefusedError as error:
+            if error.code == 409 and error.reason == "AlreadyExists":
+                return None
+            raise translate(error, doing) from None
+
+    def patch(self, sandbox_id: str, changes: Mapping[str, Any]) -> Answer | None:
+        """None where there is no such Job. ``changes``: a merge patch."""
+        return self.cluster.patch(f"{self.path}/{self.names.job(sandbox_id)}", f"changing sandbox {sandbox_id!r}", changes)
+
+    def make(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+        """Make it and wait until it runs, or adopt the one there is; the uid of the Job, and the Pod.
+
+        Raises: as :meth:`cifixer_exec.backends.base.Backend.create`.
+        """
+        deadline_s = time.monotonic() + self.options.start_timeout_s
+        for attempt in range(1, STARTS + 1):
+            job = self._made_or_adopted(sandbox_id, manifest)
+            job_uid = str(job["metadata"]["uid"])
+            try:
+                return job_uid, self._started(sandbox_id, job_uid, deadline_s)
+            except PassingError as error:
+                self._undo(sandbox_id, job_uid)
+                if attempt == STARTS or time.monotonic() > deadline_s:
+                    raise _about(sandbox_id, error, f" (after {attempt} starts)") from None
+                time.sleep(START_PAUSE_S * attempt * (0.5 + random.random()))  # noqa: S311  # only spreads them
+            except ExecutorError as error:
+                self._undo(sandbox_id, job_uid)
+                raise _about(sandbox_id, error) from None
+            except BaseException:
+                self._undo(sandbox_id, job_uid)
+                raise
+        raise AssertionError  # the last one returns or raises
+
+    def _started(self, sandbox_id: str, job_uid: str, deadline_s: float) -> dict[str, Any]:
+        pod = Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
+        if not self.options.runner_image:
+            upload_runner(self.cluster, str(pod["metadata"]["name"]))
+        return pod
+
+    def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A dead one, or one that is going, gives way."""
+        give_up_s = time.monotonic() + self.options.grace_s + DELETE_SLACK_S
+        while True:
+            made = self.post(manifest())
+            if made is not None:
+                return made
+            found = self.cluster.get(f"{self.path}/{self.names.job(sandbox_id)}", f"looking for sandbox {sandbox_id!r}")
+            if found is not None:
+                self._check_ours(found.document, sandbox_id)
+                if not is_over(found.document):
+                    return found.document
+                self.remove(sandbox_id)
+            if time.monotonic() > give_up_s:
+                raise SandboxStartError(f"a former Job of sandbox {sandbox_id!r} is still being deleted: try again, or take another sandbox id")
+
+    def _check_ours(self, found: Mapping[str, Any], sandbox_id: str) -> None:
+        if not self.names.has(found, sandbox_id):
+            mend = "delete or rename it, or take another sandbox id"
+            raise SandboxStartError(f"the Job {self.names.job(sandbox_id)!r} is there and not one of ours: {mend}", mend)
+
+    def remove(self, sandbox_id: str) -> None:
+        """Delete the Job with its Pods, and wait until they have gone. What is gone already is *not* an error.
+
+        Raises:
+            BackendError: it may still be there.
+        """
+        job = self.find(sandbox_id)
+        if job is not None:
+            self._delete(f"{self.path}/{self.names.job(sandbox_id)}", job)
+        # By ourselves too: the garbage collector comes a moment later, and never to Pods whose Job was deleted without them.
+        self._remove_pods(sandbox_id)
+
+    def _remove_pods(self, sandbox_id: str) -> None:
+        pause_s, give_up_s = LOOK_S, time.monotonic() + self.options.grace_s + DELETE_SLACK_S
+        asked: set[str] = set()
+        while pods := [pod for pod in self.pods(sandbox_id) if not _is_settled(pod)]:
+            for pod in pods:
+                if pod["metadata"]["uid"] not in asked and not pod["metadata"].get("deletionTimestamp"):
+                    asked.add(pod["metadata"]["uid"])
+                    self._delete(f"{self._pods}/{pod['metadata']['name']}", pod)
+            if time.monotonic() > give_up_s:
+                raise BackendError(f"the Pod of sandbox {sandbox_id!r} is still being deleted; its node may not answer: destroy it again")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MOST_LOOK_S)
+
+    def _delete(self, path: str, found: Mapping[str, Any]) -> None:
+        """By its uid, so that a namesake is never hit; with what belongs to it, because a Job's Pods stay by default."""
+        options: dict[str, Any] = {"propagationPolicy": "Background", "preconditions": {"uid": found["metadata"]["uid"]}}
+        if found.get("kind") == "Pod" or "/pods/" in path:
+            options["gracePeriodSeconds"] = self.options.grace_s
+        self.cluster.delete(path, f"deleting {path.rpartition('/')[2]!r}", options)
+
+    def _undo(self, sandbox_id: str, job_uid: str) -> None:
+        """Delete what could not be started, unless another has begun anew; what fails here, the reaper does."""
+        with suppress(ExecutorError):
+            job = self.find(sandbox_id)
+            if job is None or job["metadata"]["uid"] == job_uid:
+                self.remove(sandbox_id)
+
+    @property
+    def _pods(self) -> str:
+        return f"/api/v1/namespaces/{quote(self.cluster.namespace)}/pods"
+
+
+def is_over(job: Mapping[str, Any]) -> bool:
+    """Whether nothing runs in it any more, or is about to be ended."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    ended = any(c.get("type") in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet") and c.get("status") == "True" for c in conditions)
+    return ended or bool(job["metadata"].get("deletionTimestamp"))
+
+
+def owner_of(pod: Mapping[str, Any]) -> str:
+    """The uid of its Job; empty for an orphan."""
+    return next((str(o.get("uid")) for o in pod["metadata"].get("ownerReferences") or [] if o.get("kind") == "Job"), "")
+
+
+def _is_settled(pod: Mapping[str, Any]) -> bool:
+    """Going, and nothing runs in it any more: what is left is the kubelet's clearing up."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    over = bool(statuses) and all("terminated" in (c.get("state") or {}) for c in statuses)
+    return bool(pod["metadata"].get("deletionTimestamp")) and (over or not (pod.get("spec") or {}).get("nodeName"))
+
+
+def _about(sandbox_id: str, error: ExecutorError, more: str = "") -> ExecutorError:
+    kind = SandboxStartError if isinstance(error, PassingError) else type(error)
+    return kind(f"sandbox {sandbox_id!r} did not start: {error}{more}", error.code)

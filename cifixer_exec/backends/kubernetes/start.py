@@ -1,0 +1,120 @@
+"""Waiting for a Job's Pod to run, with the reason as soon as it is known that it will not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict
+from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxStartError
+
+#: The Pod is watched in pieces of these lengths, and between them its events are looked at; the last one is repeated.
+WATCHES_S = (1, 2, 3, 5)
+#: What may mend itself has so long to do it.
+MEND_S = 15.0
+#: So long a container may be in the making before its events are told with what else is said.
+SLOW_S = 10.0
+_LAST_EVENTS = 5
+
+
+class PassingError(SandboxStartError):
+    """Another try may fare better: the Pod was ended by the cluster and not by what is in it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The way of one Job to its running Pod."""
+
+    cluster: Cluster
+    names: Names
+    sandbox_id: str
+    job_uid: str
+    clock: Callable[[], float] = time.monotonic
+
+    def running(self, deadline_s: float) -> dict[str, Any]:
+        """The Pod when its container runs. ``deadline_s``: of :attr:`clock`.
+
+        Raises:
+            PassingError: see there.
+            SandboxStartError, CapacityError: it does not run, and why.
+            BackendUnavailableError: the cluster does not answer.
+        """
+        last, mending_since_s, pieces = Verdict(), 0.0, 0
+        while True:
+            watch_s = WATCHES_S[min(pieces, len(WATCHES_S) - 1)]
+            pieces += 1
+            pod: dict[str, Any] = {}
+            for pod in self._states(max(1, min(watch_s, int(deadline_s - self.clock())))):
+                last = verdict(pod)
+                if last.running:
+                    return pod
+                if last.final:
+                    raise self._failed(last, pod)
+                mending_since_s = (mending_since_s or self.clock()) if last.soon else 0.0
+            if mending_since_s and self.clock() - mending_since_s > MEND_S:
+                raise self._failed(last, pod)
+            if not pod:
+                self._check_job()
+            if self.clock() > deadline_s:
+                raise self._late(last, pod)
+
+    def _states(self, watch_s: int) -> Any:
+        """The Pod of the Job as it changes; another Job's of the same name may still be going."""
+        path = f"/api/v1/namespaces/{self.cluster.namespace}/pods"
+        for kind, pod in self.cluster.watch(path, self._doing, selector=self.names.selector(self.sandbox_id), timeout_s=watch_s):
+            owners = (pod.get("metadata") or {}).get("ownerReferences") or []
+            if kind in ("ADDED", "MODIFIED", "DELETED") and any(o.get("uid") == self.job_uid for o in owners):
+                if kind == "DELETED":
+                    pod["metadata"].setdefault("deletionTimestamp", "now")
+                yield pod
+
+    @property
+    def _doing(self) -> str:
+        return f"waiting for the Pod of sandbox {self.sandbox_id!r}"
+
+    def _check_job(self) -> None:
+        """Quotas, Pod Security and webhooks refuse the Pod while the Job is accepted: then the Job's events have the words."""
+        path = f"/apis/batch/v1/namespaces/{self.cluster.namespace}/jobs/{self.names.job(self.sandbox_id)}"
+        answer = self.cluster.get(path, self._doing)
+        if answer is None or answer.document["metadata"]["uid"] != self.job_uid:
+            raise PassingError("its Job was deleted while it started")
+        for condition in (answer.document.get("status") or {}).get("conditions") or []:
+            if condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True":
+                raise SandboxStartError(f"its Job failed before it ran: {condition.get('reason')}: {condition.get('message')}")
+        said = [e for e in self._events(self.job_uid) if e.get("reason") == "FailedCreate"]
+        if said:
+            words = str(said[-1].get("message") or "")
+            kind = CapacityError if "exceeded quota" in words else SandboxStartError
+            raise kind(f"the cluster does not let its Pod be: {words}")
+
+    def _failed(self, why: Verdict, pod: dict[str, Any]) -> ExecutorError:
+        kind = PassingError if why.passing else SandboxStartError
+        return kind(f"its Pod does not start: {why.why}" + (f": {why.remedy}" if why.remedy else self._seen(pod)), why.remedy)
+
+    def _late(self, why: Verdict, pod: dict[str, Any]) -> ExecutorError:
+        """Nothing of it was started when it is for want of room."""
+        kind = CapacityError if why.why.startswith("Unschedulable") else SandboxStartError
+        told = f": {why.why}" if why.why else ""
+        return kind(f"its Pod does not run in time{told}{self._seen(pod)}" + (f": {why.remedy}" if why.remedy else ""), why.remedy)
+
+    def _seen(self, pod: dict[str, Any]) -> str:
+        """What only events tell, such as a volume that cannot be mounted."""
+        if not pod:
+            return ""
+        try:
+            events = self._events(str(pod["metadata"]["uid"]))
+        except BackendUnavailableError:
+            return ""
+        told = [f"{e.get('reason')}: {e.get('message')}" for e in events if e.get("type") == "Warning"][-_LAST_EVENTS:]
+        return f" (its events: {'; '.join(told)})" if told else ""
+
+    def _events(self, uid: str) -> list[dict[str, Any]]:
+        """About one object, the oldest first."""
+        path = f"/api/v1/namespaces/{self.cluster.namespace}/events"
+        answer = self.cluster.get(path, self._doing, fieldSelector=f"involvedObject.uid={uid}", limit="50")
+        found: list[dict[str, Any]] = [] if answer is None else answer.document.get("items") or []
+        return sorted(found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""))

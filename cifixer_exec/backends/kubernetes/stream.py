@@ -1,0 +1,203 @@
+"""One exec over a WebSocket: the channel to a runner, and the upload of the runner itself.
+
+Binary messages whose first byte is a channel: 0 stdin, 1 stdout, 2 stderr, 3 the status; 255 closes the channel that the second byte names,
+and only v5 knows it (https://github.com/kubernetes/enhancements/tree/master/keps/sig-api-machinery/4006-transition-spdy-to-websockets).
+An exec has succeeded only if its status says so: without one the connection was lost, whatever came before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
+
+import aiohttp
+
+from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.refusals import RefusedError
+from cifixer_exec.backends.threads import asking
+from cifixer_exec.errors import BackendUnavailableError
+
+PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io")
+DIAL_TIMEOUT_S = 10.0
+#: A server that does not answer the end of a connection.
+_CLOSE_TIMEOUT_S = 0.5
+#: Bigger messages have been refused on the way (https://github.com/UKGovernmentBEIS/inspect_k8s_sandbox).
+_MOST_MESSAGE_BYTES = 256 * 1024
+#: What of its stderr is kept.
+_MOST_SAID_BYTES = 4096
+_STDIN, _STDOUT, _STDERR, _STATUS, _CLOSE = 0, 1, 2, 3, 255
+_STDIN_BYTE = bytes([_STDIN])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecStatus:
+    """How an exec ended. ``exit_code`` None: it did not run, and ``message`` says why."""
+
+    exit_code: int | None
+    message: str = ""
+
+    @classmethod
+    def parse(cls, payload: bytes) -> ExecStatus:
+        """From a Status object; what cannot be read is no success."""
+        try:
+            status = json.loads(payload)
+            causes = (status.get("details") or {}).get("causes") or []
+            code = next((int(c["message"]) for c in causes if c.get("reason") == "ExitCode"), None)
+            if status.get("status") == "Success":
+                return cls(exit_code=0)
+            return cls(exit_code=code, message=str(status.get("message") or status.get("reason") or ""))
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return cls(exit_code=None, message=f"the status {payload[:100]!r} cannot be read")
+
+
+class ExecTransport:
+    """A transport over the standard input and output of an exec."""
+
+    def __init__(self, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._session = session
+        self._socket = socket
+        self._outgoing: deque[memoryview] = deque()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._writer: asyncio.Task[None] | None = None
+        self._broken: Exception | None = None
+        self._said = b""
+        self._closing: asyncio.Task[None] | None = None
+        #: Told by the server before the end.
+        self.status: ExecStatus | None = None
+
+    @property
+    def half_close(self) -> bool:
+        """Whether the end of standard input can be told."""
+        return self._socket.protocol == PROTOCOLS[0]
+
+    @property
+    def said(self) -> str:
+        """The end of its stderr."""
+        return self._said.decode("utf-8", "replace").strip()
+
+    async def receive(self) -> bytes:
+        while True:
+            message = await self._socket.receive()
+            if message.type is not aiohttp.WSMsgType.BINARY:
+                return self._end(message)
+            payload: bytes = message.data
+            channel = payload[0] if payload else _CLOSE
+            if channel == _STDOUT and len(payload) > 1:
+                return payload[1:]
+            if channel == _STDERR:
+                self._said = (self._said + payload[1:])[-_MOST_SAID_BYTES:]
+            elif channel == _STATUS:
+                self.status = ExecStatus.parse(payload[1:])
+
+    def _end(self, message: aiohttp.WSMessage) -> bytes:
+        """Every connection that ends is one to come back to, but one that was not told of is worth a word."""
+        if message.type is aiohttp.WSMsgType.ERROR:
+            raise ConnectionError(f"the connection to the Kubernetes API broke: {message.data}")
+        if self.status is None:
+            raise ConnectionError("the connection to the Kubernetes API ended without a status")
+        if self.status.exit_code != 0:
+            raise ConnectionError(self.said or self.status.message or f"it ended with exit code {self.status.exit_code}")
+        return b""
+
+    def send(self, data: bytes) -> None:
+        if self._broken is not None or self._socket.closed:
+            return
+        view = memoryview(data)
+        self._outgoing.extend(view[at : at + _MOST_MESSAGE_BYTES] for at in range(0, len(view), _MOST_MESSAGE_BYTES))
+        self._idle.clear()
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+
+    async def drain(self) -> None:
+        await self._idle.wait()
+        if self._broken is not None:
+            raise ConnectionResetError("the connection was lost") from self._broken
+
+    async def send_eof(self) -> None:
+        """End standard input, where the protocol can. Raises OSError when the connection broke."""
+        await self.drain()
+        if self.half_close:
+            await self._socket.send_bytes(bytes([_CLOSE, _STDIN]))
+
+    def close(self) -> None:
+        """The program sees the end of its input. Closing itself goes on for a moment."""
+        self._outgoing.clear()
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+
+    async def _write(self) -> None:
+        try:
+            while self._outgoing:
+                # Small ones together: each message costs as much as some kilobytes.
+                parts, size = [self._outgoing.popleft()], 0
+                size = len(parts[0])
+                while self._outgoing and size + len(self._outgoing[0]) <= _MOST_MESSAGE_BYTES:
+                    parts.append(self._outgoing.popleft())
+                    size += len(parts[-1])
+                await self._socket.send_bytes(b"".join((_STDIN_BYTE, *parts)))
+        except (OSError, aiohttp.ClientError) as error:
+            self._broken = error
+            self._outgoing.clear()
+        finally:
+            self._idle.set()
+
+    async def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+        self._idle.set()
+        await self._socket.close()
+        await self._session.close()
+
+    async def closed(self) -> None:
+        """Close and wait for it."""
+        self.close()
+        if self._closing is not None:
+            await self._closing
+
+
+async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequence[str]) -> ExecTransport:
+    """Start ``command`` in a container, joined to what is returned.
+
+    Raises:
+        RefusedError: the API server does not let it, or the Pod is not there.
+        OSError: no connection.
+        BackendUnavailableError: there are no credentials.
+    """
+    credentials = await asking(lambda: cluster.credentials)
+    headers = await asking(credentials.headers)
+    # Without standard input some runtimes end an exec at once (https://github.com/kata-containers/kata-containers/issues/13640).
+    query = [("container", container), ("stdin", "true"), ("stdout", "true"), ("stderr", "true"), *(("command", a) for a in command)]
+    path = f"/api/v1/namespaces/{quote(cluster.namespace)}/pods/{quote(pod)}/exec"
+    session = aiohttp.ClientSession(auto_decompress=False)
+    try:
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            socket = await session.ws_connect(
+                f"{credentials.host}{path}?{urlencode(query)}",
+                protocols=PROTOCOLS,
+                headers=headers,
+                ssl=credentials.ssl_context or True,
+                server_hostname=credentials.configuration.tls_server_name or None,
+                proxy=credentials.configuration.proxy or None,
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT_S),
+                max_msg_size=0,
+                compress=0,
+            )
+    except aiohttp.WSServerHandshakeError as error:
+        await session.close()
+        raise RefusedError(error.status, {"message": f"the exec was refused with status {error.status}"}) from None  # its words are lost
+    except aiohttp.ClientError as error:
+        await session.close()
+        raise ConnectionError(str(error)) from None
+    except BaseException:
+        await session.close()
+        raise
+    if socket.protocol not in PROTOCOLS:
+        await socket.close()
+        await session.close()
+        raise BackendUnavailableError(f"the API server offers none of {', '.join(PROTOCOLS)} for an exec: Kubernetes 1.30 or newer is needed")
+    return ExecTransport(session, socket)

@@ -1,0 +1,122 @@
+"""What a Pod's status says about its start: it runs, it never will, or it is not known yet. Nothing here asks a cluster.
+
+Phases tell too little (https://github.com/kubernetes/kubernetes/issues/96186); the reasons of waiting and ended containers, and the
+conditions, tell it. Reasons: kubernetes/pkg/kubelet/images/types.go, pkg/kubelet/container/sync_result.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cifixer_exec.backends.kubernetes.job import CONTAINER
+
+#: No waiting helps.
+_FATAL = {
+    "InvalidImageName": "correct the name of the image",
+    "ErrImageNeverPull": "load the image onto the node, or let the template's imagePullPolicy be IfNotPresent",
+    "CreateContainerConfigError": "see the Pod's events; often a Secret, a ConfigMap or a user id that the image needs is missing",
+    "CreateContainerError": "see the Pod's events",
+    "RunContainerError": "see the Pod's events; often the image has not the program that is started",
+    "SignatureValidationFailed": "sign the image as the cluster's policy wants it",
+}
+#: They may mend themselves within a moment, and mostly do not.
+_MAY_PASS = {
+    "ErrImagePull": "check the image's name and tag, and the pull secret (imagePullSecrets in CIFIXER_KUBERNETES_POD_TEMPLATE)",
+    "ImagePullBackOff": "check the image's name and tag, and the pull secret (imagePullSecrets in CIFIXER_KUBERNETES_POD_TEMPLATE)",
+    "ImageInspectError": "check the node's container runtime",
+    "RegistryUnavailable": "check that the node reaches the registry",
+}
+#: A registry has said so: no second try will give it.
+_REFUSED = ("not found", "unauthorized", "denied", "authorization failed", "manifest unknown", "does not exist", "no such host")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """``running``; or why not: ``why`` with its ``remedy``. ``final``: it never will; ``passing``: another try may fare better;
+    ``soon``: it will not, unless it mends itself within a moment."""
+
+    running: bool = False
+    final: bool = False
+    passing: bool = False
+    soon: bool = False
+    why: str = ""
+    remedy: str = ""
+
+
+def verdict(pod: Mapping[str, Any]) -> Verdict:
+    """Of a Pod as the API server shows it."""
+    status = pod.get("status") or {}
+    if ended := _ended(pod, status):
+        return ended
+    for container in _containers(status):
+        waiting = container["state"].get("waiting") or {}
+        reason, said = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
+        if reason in _FATAL:
+            return Verdict(final=True, why=_told(reason, said), remedy=_FATAL[reason])
+        if reason in _MAY_PASS:
+            refused = any(sign in said.lower() for sign in _REFUSED)
+            return Verdict(final=refused, soon=not refused, why=_told(reason, said), remedy=_MAY_PASS[reason])
+    if is_running(pod):
+        return Verdict(running=True)
+    return _unscheduled(status) or Verdict()
+
+
+def is_running(pod: Mapping[str, Any]) -> bool:
+    """Whether the sandbox's own container runs."""
+    containers = (pod.get("status") or {}).get("containerStatuses") or []
+    return any(c["name"] == CONTAINER and "running" in (c.get("state") or {}) for c in containers)
+
+
+def terminated(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """How the sandbox's container ended; empty while it has not."""
+    containers = (pod.get("status") or {}).get("containerStatuses") or []
+    found = next((c.get("state") or {} for c in containers if c["name"] == CONTAINER), {})
+    return dict(found.get("terminated") or {})
+
+
+def disruption(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """The condition that says who ended the Pod, if it was none of its containers.
+
+    https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions
+    """
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c.get("type") == "DisruptionTarget" and c.get("status") == "True"), {})
+
+
+def _ended(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Verdict | None:
+    if target := disruption(pod):
+        return Verdict(final=True, passing=True, why=_told(str(target.get("reason")), str(target.get("message") or "")))
+    if status.get("reason") == "Evicted":
+        return Verdict(final=True, passing=True, why=_told("Evicted", str(status.get("message") or "")))
+    for container in _containers(status):
+        state = container["state"].get("terminated")
+        if state and (state.get("exitCode") != 0 or container["name"] == CONTAINER):
+            words = str(state.get("message") or f"exit code {state.get('exitCode')}")
+            return Verdict(final=True, why=f"container {container['name']!r} ended: {_told(str(state.get('reason') or 'Error'), words)}")
+    if status.get("phase") in ("Failed", "Succeeded"):
+        return Verdict(final=True, why=_told(str(status.get("reason") or status["phase"]), str(status.get("message") or "")))
+    if pod["metadata"].get("deletionTimestamp"):
+        return Verdict(final=True, passing=True, why="its Pod is being deleted")
+    return None
+
+
+def _unscheduled(status: Mapping[str, Any]) -> Verdict | None:
+    """Why it has no node; an autoscaler may be about to bring one."""
+    for condition in status.get("conditions") or []:
+        if (condition.get("type"), condition.get("status"), condition.get("reason")) == ("PodScheduled", "False", "Unschedulable"):
+            return Verdict(
+                why=_told("Unschedulable", str(condition.get("message") or "")),
+                remedy="add room to the cluster, or lower CIFIXER_KUBERNETES_CPU_REQUEST and CIFIXER_KUBERNETES_MEMORY_REQUEST",
+            )
+    return None
+
+
+def _containers(status: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        yield {"name": container.get("name"), "state": container.get("state") or {}}
+
+
+def _told(reason: str, message: str) -> str:
+    return f"{reason}: {message.strip()}" if message else reason
