@@ -115,12 +115,7 @@ class AppConfig:
             raise InvalidRequestError(f"dispatch={self.dispatch!r} is not known: take one of {', '.join(DISPATCH_MODES)}")
         if self.docker_disk not in DOCKER_DISKS:
             raise InvalidRequestError(f"docker_disk={self.docker_disk!r} is not known: take one of {', '.join(DOCKER_DISKS)}")
-        if self.kubernetes_disk not in KUBERNETES_DISKS:
-            raise InvalidRequestError(f"kubernetes_disk={self.kubernetes_disk!r} is not known: take one of {', '.join(KUBERNETES_DISKS)}")
-        if not 0 <= self.kubernetes_grace_s <= MOST_GRACE_S:
-            raise InvalidRequestError(f"kubernetes_grace_s={self.kubernetes_grace_s!r} is not usable: give seconds from 0 to {MOST_GRACE_S}")
-        if not (0 < self.kubernetes_cpu_request < inf and self.kubernetes_memory_request_bytes > 0):
-            raise InvalidRequestError("kubernetes_cpu_request and kubernetes_memory_request_bytes must be more than 0")
+        self._check_kubernetes()
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
             raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
         if not self.namespace or any(c in self.namespace for c in "*?[]\\/ "):
@@ -133,6 +128,14 @@ class AppConfig:
         object.__setattr__(self, "env", check_env(self.env))
         object.__setattr__(self, "readonly_paths", tuple(self.readonly_paths))
         object.__setattr__(self, "state_dir", Path(self.state_dir).absolute())
+
+    def _check_kubernetes(self) -> None:
+        if self.kubernetes_disk not in KUBERNETES_DISKS:
+            raise InvalidRequestError(f"kubernetes_disk={self.kubernetes_disk!r} is not known: take one of {', '.join(KUBERNETES_DISKS)}")
+        if not 0 <= self.kubernetes_grace_s <= MOST_GRACE_S:
+            raise InvalidRequestError(f"kubernetes_grace_s={self.kubernetes_grace_s!r} is not usable: give 0 to {MOST_GRACE_S} seconds")
+        if not (0 < self.kubernetes_cpu_request < inf and self.kubernetes_memory_request_bytes > 0):
+            raise InvalidRequestError("kubernetes_cpu_request and kubernetes_memory_request_bytes must be more than 0")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:

@@ -75,9 +75,7 @@ def _kubernetes(config: AppConfig) -> Backend:
         pod_template=read(config.kubernetes_pod_template),
     )
     return KubernetesBackend(
-        address=Address(
-            kubeconfig=config.kubernetes_kubeconfig, context=config.kubernetes_context, namespace=config.kubernetes_namespace
-        ),
+        address=Address(kubeconfig=config.kubernetes_kubeconfig, context=config.kubernetes_context, namespace=config.kubernetes_namespace),
         # Direct sandboxes are in no registry: a reaper must not take them for orphans.
         namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
         cluster_name=config.kubernetes_cluster,

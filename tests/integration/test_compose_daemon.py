@@ -160,7 +160,7 @@ def use_everything(config: AppConfig) -> None:
         assert sandbox.run_command("echo here").text == "here\n"
         sandbox.write_file("a", b"a")
         sandbox.extend(600)
-        found = backend.list_owned()
+        found = list(backend.list_owned())
         assert [owned.handle.sandbox_id for owned in found] == [sandbox.sandbox_id]
         assert backend.inspect(found[0].handle).alive
         client: Any = docker.APIClient(base_url=docker_host(), version="auto")

@@ -27,6 +27,7 @@ from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.records import WorkerRecord
 from cifixer_exec.wiring import make_journal
 from tests.support.docker_daemon import NoDaemonError, docker_host, image_for_tests, left_on_daemon
+from tests.support.kubernetes_cluster import NoClusterError, cluster_settings, left_in_cluster
 
 REQUIRE = "CIFIXER_TEST_REQUIRE"
 #: In the environment of the worker and of this process; no sandbox may ever show it.
@@ -47,6 +48,11 @@ def check_daemon(name: str) -> None:
             docker_host()
         except NoDaemonError as error:
             absent(name, str(error))
+    if name == "kubernetes":
+        try:
+            cluster_settings()
+        except NoClusterError as error:
+            absent(name, str(error))
 
 
 def check_present(name: str, config: AppConfig) -> None:
@@ -60,6 +66,8 @@ def on_backend(name: str, config: AppConfig) -> AppConfig:
     """``config`` for this backend, with what its tests need. Raises NoDaemonError where a daemon is needed and there is none."""
     if name == "docker_local":
         return config.with_(execution_backend=name, docker_host=docker_host(), image=image_for_tests(docker_host()))
+    if name == "kubernetes":
+        return config.with_(execution_backend=name, **cluster_settings())
     return config.with_(execution_backend=name)
 
 
@@ -171,6 +179,8 @@ class ContractSession:
             found += [f"control group {g}" for g in (base / "cifixer-exec").glob(f"{self.namespace}-*")]
         if docker_host.cache_info().currsize:
             found += left_on_daemon(self.namespace)
+        if cluster_settings.cache_info().currsize:
+            found += left_in_cluster(self.namespace)
         return found
 
     def remove(self) -> None:

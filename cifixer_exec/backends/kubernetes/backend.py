@@ -31,7 +31,7 @@ JOB_UID, POD, POD_UID = "job_uid", "pod", "pod_uid"
 
 
 class KubernetesBackend(Backend):
-    """See the module. ``namespace``: what is labelled with it is ours to reap. ``cluster_name``: where one Redis serves several clusters."""
+    """See the module. ``namespace``: what is labelled with it is ours to reap. ``cluster_name``: for one Redis with several clusters."""
 
     name = "kubernetes"
 

@@ -141,8 +141,9 @@ class Cluster:
                 return
 
     def watch(self, path: str, doing: str, *, selector: str, timeout_s: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What there is as ``ADDED``, then what becomes of it, as ``(type, object)``; ends after ``timeout_s`` at the latest, and whenever the
-        connection does: watch again.
+        """What there is as ``ADDED``, then what becomes of it, as ``(type, object)``.
+
+        It ends after ``timeout_s`` at the latest, and whenever the connection does: watch again.
         """
         # Any state will do to begin with: what is too old is followed by what happened since.
         query = {"watch": "true", "labelSelector": selector, "resourceVersion": "0", "timeoutSeconds": str(timeout_s)}

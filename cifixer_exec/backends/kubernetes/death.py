@@ -83,9 +83,9 @@ def _of_job(job: Mapping[str, Any] | None) -> str:
     if job is None or job["metadata"].get("deletionTimestamp"):
         return DELETED
     for condition in (job.get("status") or {}).get("conditions") or []:
-        if condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True":
-            if condition.get("reason") == "DeadlineExceeded":
-                return _EXPIRED_TEXT
+        ended = condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True"
+        if ended and condition.get("reason") == "DeadlineExceeded":
+            return _EXPIRED_TEXT
     return ""
 
 

@@ -134,7 +134,7 @@ def _pod(spec: SandboxSpec, uid: int, options: KubernetesOptions) -> dict[str, A
     resources = _resources(spec, memory_bytes, options)
     pod: dict[str, Any] = {
         "automountServiceAccountToken": False,
-        "containers": [_container(spec, memory_bytes, resources, options)],
+        "containers": [_container(spec, resources, options)],
         "enableServiceLinks": False,
         "restartPolicy": "Never",
         "securityContext": {
@@ -157,7 +157,7 @@ def _pod(spec: SandboxSpec, uid: int, options: KubernetesOptions) -> dict[str, A
     return {**pod, **{name: value for name, value in named_by_options.items() if value}}
 
 
-def _container(spec: SandboxSpec, memory_bytes: int, resources: dict[str, Any], options: KubernetesOptions) -> dict[str, Any]:
+def _container(spec: SandboxSpec, resources: dict[str, Any], options: KubernetesOptions) -> dict[str, Any]:
     serve = _serve_arguments(spec)
     uploaded = {"command": ["/bin/sh", "-c", AWAIT_RUNNER, "sh"], "args": serve}
     return {

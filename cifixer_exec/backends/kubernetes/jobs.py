@@ -25,6 +25,8 @@ LOOK_S = 0.05
 MOST_LOOK_S = 0.5
 #: So long after its grace a Pod may still be there; then its node does not answer, and the cluster ends it when it does.
 DELETE_SLACK_S = 15.0
+#: Conditions of a Job whose Pod has ended, or is about to be.
+_ENDS = ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ class Jobs:
                     return found.document
                 self.remove(sandbox_id)
             if time.monotonic() > give_up_s:
-                raise SandboxStartError(f"a former Job of sandbox {sandbox_id!r} is still being deleted: try again, or take another sandbox id")
+                raise SandboxStartError(
+                    f"a former Job of sandbox {sandbox_id!r} is still being deleted: try again, or take another sandbox id"
+                )
 
     def _check_ours(self, found: Mapping[str, Any], sandbox_id: str) -> None:
         if not self.names.has(found, sandbox_id):
@@ -177,7 +181,9 @@ class Jobs:
 def is_over(job: Mapping[str, Any]) -> bool:
     """Whether nothing runs in it any more, or is about to be ended."""
     conditions = (job.get("status") or {}).get("conditions") or []
-    ended = any(c.get("type") in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet") and c.get("status") == "True" for c in conditions)
+    ended = any(
+        c.get("type") in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet") and c.get("status") == "True" for c in conditions
+    )
     return ended or bool(job["metadata"].get("deletionTimestamp"))
 
 

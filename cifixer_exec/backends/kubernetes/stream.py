@@ -199,5 +199,7 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
     if socket.protocol not in PROTOCOLS:
         await socket.close()
         await session.close()
-        raise BackendUnavailableError(f"the API server offers none of {', '.join(PROTOCOLS)} for an exec: Kubernetes 1.30 or newer is needed")
+        raise BackendUnavailableError(
+            f"the API server offers neither {' nor '.join(PROTOCOLS)} for an exec, or a proxy on the way takes it out"
+        )
     return ExecTransport(session, socket)
