@@ -12,10 +12,11 @@ const (
 	protocolVersion = 1
 )
 
-const usage = `usage: runner serve|bridge|install|supervise|launch|confine|version [flags]
+const usage = `usage: runner serve|bridge|stop|install|supervise|launch|confine|version [flags]
 
   serve      run commands for workers that connect to a Unix socket
   bridge     join standard input and output to that socket
+  stop       end serve, and the sandbox with it; only from outside of the sandbox
   install    copy this program to where a sandbox finds it
   launch     open the socket on the host and start a sandbox that serves it
   version    print the version
@@ -31,7 +32,7 @@ func main() {
 		os.Exit(2)
 	}
 	subcommands := map[string]func([]string) int{
-		"serve": serveMain, "bridge": bridgeMain, "supervise": superviseMain, "install": installMain,
+		"serve": serveMain, "bridge": bridgeMain, "supervise": superviseMain, "install": installMain, "stop": stopMain,
 		"launch": launchMain, "confine": confineMain, "version": versionMain,
 	}
 	run, known := subcommands[os.Args[1]]

@@ -13,6 +13,11 @@ import (
 // first byte of a length it would be far too long.
 const handOver = 0xff
 
+// stopAsked is the one byte with which `runner stop` asks serve to end.
+const stopAsked = 0xfe
+
+var errStopped = errors.New("asked to stop")
+
 // handOverPipes gives serve both descriptors, so that what they carry has no process in between. unix(7), SCM_RIGHTS
 func handOverPipes(conn *net.UnixConn, in, out *os.File) error {
 	_, _, err := conn.WriteMsgUnix([]byte{handOver}, syscall.UnixRights(int(in.Fd()), int(out.Fd())), nil)
@@ -36,6 +41,9 @@ func takeOver(conn net.Conn) (net.Conn, error) {
 	files, err := pipesOf(oob[:oobn])
 	if err != nil {
 		return nil, err
+	}
+	if first[0] == stopAsked && isFromOutside(local) {
+		return nil, errStopped
 	}
 	if first[0] == handOver && len(files) == 2 {
 		p := &pipes{bridge: local, in: files[0], out: files[1]}

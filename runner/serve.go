@@ -21,6 +21,7 @@ const (
 	serveThreads   = 24
 	maxConnections = 128
 	exitExpired    = 3
+	exitStopped    = 4
 )
 
 // server is one sandbox's runner.
@@ -142,6 +143,9 @@ func (s *server) accept(listener net.Listener) {
 func (s *server) welcome(conn net.Conn) {
 	_ = conn.SetReadDeadline(time.Now().Add(helloPatience))
 	stream, err := takeOver(conn)
+	if errors.Is(err, errStopped) {
+		s.end(exitStopped)
+	}
 	if err != nil {
 		conn.Close()
 		s.leave(nil)

@@ -13,8 +13,8 @@ from cifixer_exec.model import Inspection
 
 DELETED = "its Job was deleted"
 _EXPIRED_TEXT = "its lifetime ended"
-#: Exit code of the runner when its lifetime ended, and of what was killed.
-_EXPIRED, _KILLED = 3, 137
+#: Exit codes of the runner: its lifetime ended, it was told to stop; and of what was killed.
+_EXPIRED, _STOPPED, _KILLED = 3, 4, 137
 #: What is said of DisruptionTarget conditions; others are given as they are.
 _DISRUPTIONS = {
     "PreemptionByScheduler": "its Pod was preempted by one of a higher priority",
@@ -64,7 +64,7 @@ def _of_container(ended: Mapping[str, Any]) -> str:
     code = ended.get("exitCode")
     if code == _EXPIRED:
         return _EXPIRED_TEXT
-    if code == _KILLED:
+    if code in (_STOPPED, _KILLED):
         return ""  # who did it, the Job may know
     said = str(ended.get("message") or ended.get("reason") or "")
     return f"its container ended with exit code {code}" + (f": {said}" if said else "")

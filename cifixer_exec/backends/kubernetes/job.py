@@ -25,6 +25,7 @@ BIN, SPOOL, CHANNEL = "/run/cifixer/bin", "/run/cifixer/spool", "/run/cifixer/ch
 RUNNER, SOCKET = f"{BIN}/runner", f"{CHANNEL}/socket"
 WORKSPACE, HOME, TMP = "/workspace", "/home/sandbox", "/tmp"  # noqa: S108
 BRIDGE = [RUNNER, "bridge", "--socket", SOCKET]
+STOP = [RUNNER, "stop", "--socket", SOCKET]
 #: Where the runner image has it.
 OFFERED = "/runner"
 #: A Pod that waits for its runner to be uploaded: as PID 1, which the runner then takes over. Not every sleep knows fractions.
@@ -163,6 +164,8 @@ def _container(spec: SandboxSpec, resources: dict[str, Any], options: Kubernetes
     return {
         "name": CONTAINER,
         "image": spec.image or options.image,
+        # The runner as PID 1 heeds no signal that commands could send too: without this each end takes the whole grace.
+        "lifecycle": {"preStop": {"exec": {"command": STOP}}},
         **({"command": [RUNNER], "args": serve} if options.runner_image else uploaded),
         "env": [{"name": name, "value": value} for name, value in _ENVIRONMENT.items()],
         "resources": resources,

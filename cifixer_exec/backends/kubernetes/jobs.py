@@ -22,7 +22,7 @@ from cifixer_exec.errors import BackendError, ExecutorError, SandboxStartError
 STARTS, START_PAUSE_S = 3, 1.0
 #: How often one that is being deleted is looked at again.
 LOOK_S = 0.05
-MOST_LOOK_S = 0.5
+MOST_LOOK_S = 0.2
 #: So long after its grace a Pod may still be there; then its node does not answer, and the cluster ends it when it does.
 DELETE_SLACK_S = 15.0
 #: Conditions of a Job whose Pod has ended, or is about to be.
