@@ -99,8 +99,14 @@ def test_the_system_cannot_be_written(sandbox: SandboxEnvironment, directory: st
     assert not sandbox.run_command(["touch", f"{directory}/evil"]).ok
 
 
-def test_the_runner_binary_cannot_be_replaced(sandbox: SandboxEnvironment) -> None:
-    assert not sandbox.run_command("echo evil > /run/cifixer/runner || mv /run/cifixer/runner /tmp/x || rm -f /run/cifixer/runner").ok
+def test_the_runner_binary_cannot_be_replaced(stack: Stack, sandbox: SandboxEnvironment) -> None:
+    path = "/run/cifixer/runner"
+    if stack.backend.name == "kubernetes":
+        if not stack.config.kubernetes_runner_image:
+            pytest.skip("without a runner image the runner is uploaded, as a file of the sandbox's own user")
+        path = "/run/cifixer/bin/runner"
+    assert sandbox.run_command(["test", "-x", path]).ok
+    assert not sandbox.run_command(f"echo evil > {path} || mv {path} /tmp/x || rm -f {path}").ok
 
 
 def test_host_processes_are_not_visible(sandbox: SandboxEnvironment) -> None:

@@ -39,6 +39,8 @@ MOST_DISK_BYTES = 4096 * MIB
 MAX_OPEN_FILES, MAX_COMMANDS = 65_536, 64
 TTL_AFTER_FINISHED_S = 300
 _RUNNER_BYTES = 32 * MIB
+#: Browsers and the like want more than the 64 MiB that container engines give.
+_SHM_BYTES = 256 * MIB
 _MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 #: Nothing answers there: names are not looked up where nothing could be reached (RFC 5737).
 _NO_NAMESERVER = "192.0.2.1"
@@ -227,6 +229,7 @@ def _volumes(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -
     volumes = [
         {"name": "disk", "emptyDir": disk},
         {"name": "cifixer", "emptyDir": {"medium": "Memory", "sizeLimit": str(spool + _RUNNER_BYTES)}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(_SHM_BYTES)}},
         {"name": "accounts", "downwardAPI": {"items": [_file(named.PASSWD, "passwd"), _file(named.GROUP, "group")]}},
     ]
     if options.volume_claim:
@@ -247,6 +250,7 @@ def _mounts(options: KubernetesOptions) -> list[dict[str, Any]]:
         {"name": "disk", "subPath": "home", "mountPath": HOME},
         {"name": "disk", "subPath": "tmp", "mountPath": TMP},
         {"name": "disk", "subPath": "tmp", "mountPath": "/var/tmp"},  # noqa: S108
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
         {"name": "cifixer", "subPath": "bin", "mountPath": BIN, **read_only},
         {"name": "cifixer", "subPath": "spool", "mountPath": SPOOL},
         {"name": "cifixer", "subPath": "channel", "mountPath": CHANNEL},

@@ -23,8 +23,6 @@ from cifixer_exec.errors import BackendUnavailableError
 
 PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io")
 DIAL_TIMEOUT_S = 10.0
-#: A server that does not answer the end of a connection.
-_CLOSE_TIMEOUT_S = 0.5
 #: Bigger messages have been refused on the way (https://github.com/UKGovernmentBEIS/inspect_k8s_sandbox).
 _MOST_MESSAGE_BYTES = 256 * 1024
 #: What of its stderr is kept.
@@ -57,8 +55,7 @@ class ExecStatus:
 class ExecTransport:
     """A transport over the standard input and output of an exec."""
 
-    def __init__(self, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._session = session
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
         self._outgoing: deque[memoryview] = deque()
         self._idle = asyncio.Event()
@@ -66,7 +63,6 @@ class ExecTransport:
         self._writer: asyncio.Task[None] | None = None
         self._broken: Exception | None = None
         self._said = b""
-        self._closing: asyncio.Task[None] | None = None
         #: Told by the server before the end.
         self.status: ExecStatus | None = None
 
@@ -82,7 +78,11 @@ class ExecTransport:
 
     async def receive(self) -> bytes:
         while True:
-            message = await self._socket.receive()
+            try:
+                message = await self._socket.receive()
+            except asyncio.CancelledError:  # nobody will read on: the loop ends, and aiohttp would complain of what was left open
+                self.close()
+                raise
             if message.type is not aiohttp.WSMsgType.BINARY:
                 return self._end(message)
             payload: bytes = message.data
@@ -125,10 +125,16 @@ class ExecTransport:
             await self._socket.send_bytes(bytes([_CLOSE, _STDIN]))
 
     def close(self) -> None:
-        """The program sees the end of its input. Closing itself goes on for a moment."""
+        """The program sees the end of its input."""
         self._outgoing.clear()
-        if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._close())
+        if self._writer is not None:
+            self._writer.cancel()
+        self._idle.set()
+        # Its own close() waits for the server, and the loop may be about to end.
+        response = self._socket._response
+        if response.connection is not None and response.connection.transport is not None:
+            response.connection.transport.abort()
+        response.close()
 
     async def _write(self) -> None:
         try:
@@ -145,19 +151,6 @@ class ExecTransport:
             self._outgoing.clear()
         finally:
             self._idle.set()
-
-    async def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.cancel()
-        self._idle.set()
-        await self._socket.close()
-        await self._session.close()
-
-    async def closed(self) -> None:
-        """Close and wait for it."""
-        self.close()
-        if self._closing is not None:
-            await self._closing
 
 
 async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequence[str]) -> ExecTransport:
@@ -183,7 +176,6 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
                 ssl=credentials.ssl_context or True,
                 server_hostname=credentials.configuration.tls_server_name or None,
                 proxy=credentials.configuration.proxy or None,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT_S),
                 max_msg_size=0,
                 compress=0,
             )
@@ -197,9 +189,9 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
         await session.close()
         raise
     if socket.protocol not in PROTOCOLS:
-        await socket.close()
         await session.close()
         raise BackendUnavailableError(
             f"the API server offers neither {' nor '.join(PROTOCOLS)} for an exec, or a proxy on the way takes it out"
         )
-    return ExecTransport(session, socket)
+    session.detach()  # it has done its part, and would want to be closed on the loop
+    return ExecTransport(socket)

@@ -70,7 +70,7 @@ async def _try(cluster: Cluster, pod: str) -> bool:
         await transport.drain()
         return (await _line(transport)).strip() == _THERE
     finally:
-        await transport.closed()
+        transport.close()
 
 
 def _program(machine: str) -> bytes:
