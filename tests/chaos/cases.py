@@ -20,6 +20,7 @@ from tests.chaos.workers import Worker, Workers
 from tests.support.contract_stack import on_backend
 from tests.support.docker_daemon import left_on_daemon
 from tests.support.failpoints import Arm
+from tests.support.kubernetes_cluster import left_in_cluster
 
 _LOOK_S = 0.03
 _READY_S = 30.0
@@ -216,4 +217,6 @@ def left_of(config: AppConfig) -> list[str]:
     """What is on the platform of one case."""
     if config.execution_backend == "docker_local":
         return left_on_daemon(config.namespace)
+    if config.execution_backend == "kubernetes":
+        return left_in_cluster(config.namespace)
     return [str(path) for path in config.state_dir.glob("*/sandboxes/*")]

@@ -30,9 +30,21 @@ _AT_THE_END = tuple(f"{verb}.{side}" for verb in ("release", "ring", "leave") fo
 #: Passed all the time without any op, so that the first passing would always be at the start.
 _BACKGROUND = ("renew", "sweep", "cancelled_ops")
 #: Where a command can be caught, more often than the rest.
-_OFTEN = {"take": 3, "start": 3, "output": 3, "publish": 3, "finish": 4, "call": 2, "create": 2, "destroy": 2, "ready": 2, "daemon": 4}
+_OFTEN = {
+    "take": 3,
+    "start": 3,
+    "output": 3,
+    "publish": 3,
+    "finish": 4,
+    "call": 2,
+    "create": 2,
+    "destroy": 2,
+    "ready": 2,
+    "daemon": 4,
+    "api": 4,
+}
 #: A worker that waits for its point lives so much longer, where sandboxes take their time: else it dies at random before.
-_PATIENCE = {"local": 1.0, "docker_local": 1.7}
+_PATIENCE = {"local": 1.0, "docker_local": 1.7, "kubernetes": 1.7}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from tests.chaos.beat import Beat
 from tests.chaos.cases import EXPECTED, OP, Outcome, Stage, Story, stage_config, until
 from tests.chaos.plan import LEASE_S
 from tests.chaos.workers import Worker, Workers
+from tests.support.chaos_deaths import kill_all
 from tests.support.contract_stack import on_present_backend
 from tests.support.failpoints import Arm, points_of
 from tests.support.redis_proxy import Port, RedisProxy
@@ -61,6 +62,13 @@ DOCKER_DESTROY = _arms("destroy", "daemon.remove_container.before", "daemon.remo
 DOCKER_EXTEND = _arms("extend", "daemon.create_volume.after", "daemon.remove_volume.before", "daemon.remove_volume.after")
 
 
+#: In a cluster: between worker, API server, controllers and kubelet.
+KUBERNETES_COMMAND = DOCKER_COMMAND
+KUBERNETES_CREATE = _arms("create", "api.post_job.before", "api.post_job.after", "api.upload.before", "api.upload.after", "ready.before")
+KUBERNETES_DESTROY = _arms("destroy", "api.delete_job.before", "api.delete_job.after", "api.delete_pod.before", "finish.before")
+KUBERNETES_EXTEND = _arms("extend", "api.patch_job.before", "api.patch_job.after")
+
+
 def _named(kind: str, arms: Iterable[Arm], story: Story) -> dict[str, tuple[Arm, Story]]:
     return {f"{kind}-{arm.action}-{arm.point}": (arm, story) for arm in arms}
 
@@ -81,7 +89,15 @@ DOCKER_CASES = {
     **_named("write", _arms("file", "call.after"), cases.write_file),
     **_named("extend", DOCKER_EXTEND, cases.extend_twice),
 }
-ON = {"local": CASES, "docker_local": DOCKER_CASES}
+KUBERNETES_CASES = {
+    **_named("command", KUBERNETES_COMMAND, cases.run_command),
+    **_named("create", KUBERNETES_CREATE, cases.nothing),
+    **_named("create", [Arm(point="api.post_job.before", action="freeze", kind="create")], cases.nothing),
+    **_named("destroy", KUBERNETES_DESTROY, cases.nothing),
+    **_named("write", _arms("file", "call.after"), cases.write_file),
+    **_named("extend", KUBERNETES_EXTEND, cases.extend_twice),
+}
+ON = {"local": CASES, "docker_local": DOCKER_CASES, "kubernetes": KUBERNETES_CASES}
 ALL = [(backend, name) for backend, found in ON.items() for name in found]
 CONTENT: dict[Story, bytes] = {cases.write_file: b"content", cases.extend_twice: b"moved"}
 Played = dict[str, Outcome]
@@ -161,7 +177,7 @@ def _reap(config: AppConfig) -> None:
 
 
 async def _has_reaped(workers: Workers, worker: Worker) -> bool:
-    """It inspects what lives at the end of a round; the listing at its beginning is made by a creation, too."""
+    """It inspects what its listing did not show to live; the listing is made by a creation, too."""
     return {"note list_owned.after", "note inspect.after"} <= set(cases.passed(workers, worker))
 
 
@@ -193,6 +209,10 @@ async def _reach_all(backend: str, directory: Path) -> tuple[list[str], str]:
             await other.extend(1000)
             await other.teardown()
             await other.close()
+            dead = create_async_sandbox(stage.config)
+            await dead.init()
+            await asyncio.to_thread(kill_all, stage.config, dead.sandbox_id)
+            await dead.close()
             await asyncio.to_thread(_reap, stage.config)
             await until(lambda: _has_reaped(workers, worker))
             await _cast_doubt(stage, worker, proxy, port)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.local.processes import descendants
-from tests.support import docker_containers
+from tests.support import docker_containers, kubernetes_pods
 
 
 def kill_init(config: AppConfig, sandbox_id: str) -> None:
     """The sandbox's PID 1, which is the runner: the kernel ends the rest."""
     if config.execution_backend == "docker_local":
         docker_containers.kill_container(config, sandbox_id)
+    elif config.execution_backend == "kubernetes":
+        kubernetes_pods.end_first_process(config, sandbox_id)
     else:
         os.kill(_pid(config, sandbox_id, "init.json"), signal.SIGKILL)
 
@@ -26,6 +28,9 @@ def kill_all(config: AppConfig, sandbox_id: str) -> None:
     """As an operator ends it: its container is removed; locally every process, bubblewrap outside first, as ``pkill -f`` does it."""
     if config.execution_backend == "docker_local":
         docker_containers.remove_container(config, sandbox_id)
+        return
+    if config.execution_backend == "kubernetes":
+        kubernetes_pods.delete_job(config, sandbox_id)
         return
     launched = _pid(config, sandbox_id, "launch.json")
     for pid in [launched, *descendants(launched), _pid(config, sandbox_id, "init.json")]:

@@ -29,6 +29,7 @@ from cifixer_exec.wiring import make_journal
 from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import WorkerProcess, workers
 from tests.support.docker_daemon import left_on_daemon
+from tests.support.kubernetes_cluster import left_in_cluster
 
 T = TypeVar("T")
 #: Short, so that a dead owner costs a test little; tests/chaos/test_partitions.py has the default.
@@ -94,6 +95,8 @@ class Crew:
             backend.destroy(owned.handle)
         if backend.name == "docker_local":
             assert left_on_daemon(self.config.namespace, self.config.docker_host) == []
+        if backend.name == "kubernetes":
+            assert left_in_cluster(self.config.namespace) == []
 
 
 def kill(worker: WorkerProcess) -> None:

@@ -28,19 +28,22 @@ _BACKEND = ("create", "destroy", "extend", "inspect", "list_owned")
 _COMMAND = ("start.before", "start.sent", "output.first", "output.next", "start.ended")
 #: The steps of a verb of the Docker backend, by the names that docker-py gives them: between two of them something is half made.
 _DAEMON = ("create_container", "start", "remove_container", "create_volume", "remove_volume")
+#: The same for the Kubernetes backend: what it changes in the cluster, by method and kind; and the upload of the runner.
+_API = {("POST", "jobs"): "post_job", ("PATCH", "jobs"): "patch_job", ("DELETE", "jobs"): "delete_job", ("DELETE", "pods"): "delete_pod"}
 
 POINTS: tuple[str, ...] = (
     *(f"{verb}.{side}" for verb in (*_JOURNAL, *_BACKEND, "call") for side in ("before", "after")),
     *_COMMAND,
 )
 DAEMON_POINTS = tuple(f"daemon.{verb}.{side}" for verb in _DAEMON for side in ("before", "after"))
+API_POINTS = tuple(f"api.{verb}.{side}" for verb in (*_API.values(), "upload") for side in ("before", "after"))
 ACTIONS = ("kill", "freeze", "hold", "note")
 HOLD_S = 2.0
 
 
 def points_of(backend: str) -> tuple[str, ...]:
     """Those that a worker of ``backend`` passes."""
-    return POINTS + DAEMON_POINTS if backend == "docker_local" else POINTS
+    return POINTS + {"docker_local": DAEMON_POINTS, "kubernetes": API_POINTS}.get(backend, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,9 @@ class Arm:
     kind: str = ""
 
     def __post_init__(self) -> None:
-        if self.point not in (*POINTS, *DAEMON_POINTS):
-            raise ValueError(f"failpoint {self.point!r} is not known: take one of {', '.join((*POINTS, *DAEMON_POINTS))}")
+        known = (*POINTS, *DAEMON_POINTS, *API_POINTS)
+        if self.point not in known:
+            raise ValueError(f"failpoint {self.point!r} is not known: take one of {', '.join(known)}")
         if self.action not in ACTIONS:
             raise ValueError(f"action {self.action!r} is not known: take one of {', '.join(ACTIONS)}")
 
@@ -119,17 +123,19 @@ def install(arms: Sequence[Arm], report: Path) -> None:
     from docker import APIClient
 
     from cifixer_exec.backends.docker_local import DockerBackend
+    from cifixer_exec.backends.kubernetes import KubernetesBackend
     from cifixer_exec.backends.local import LocalBackend
     from cifixer_exec.store.journal import Journal
 
     points = Failpoints(arms, report)
     for verb in _JOURNAL:
         setattr(Journal, verb, _around_coroutine(getattr(Journal, verb), verb, points))
-    for backend in (LocalBackend, DockerBackend):
+    for backend in (LocalBackend, DockerBackend, KubernetesBackend):
         for verb in _BACKEND:
             setattr(backend, verb, _around_function(getattr(backend, verb), verb, points))
     for verb in _DAEMON:
         setattr(APIClient, verb, _around_function(getattr(APIClient, verb), f"daemon.{verb}", points))
+    _wrap_cluster(points)
     _wrap_execution(points)
     _wrap_commands(points)
 
@@ -158,6 +164,22 @@ def _around_function(inner: Callable[..., Any], name: str, points: Failpoints) -
     return outer
 
 
+def _wrap_cluster(points: Failpoints) -> None:
+    from cifixer_exec.backends.kubernetes import jobs, upload
+    from cifixer_exec.backends.kubernetes.cluster import Cluster
+
+    ask = Cluster.ask
+
+    @functools.wraps(ask)
+    def asked(self: Cluster, method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        kind = path.partition("/namespaces/")[2].split("/")[1:2]
+        verb = _API.get((method, "".join(kind)), "other")
+        return _around_function(ask, f"api.{verb}", points)(self, method, path, *arguments, **options)
+
+    setattr(Cluster, "ask", asked)  # noqa: B010  # mypy refuses the assignment to a method
+    setattr(jobs, "upload_runner", _around_function(upload.upload_runner, "api.upload", points))  # noqa: B010
+
+
 def _enter(kind: str) -> None:
     _kind.set(kind if kind in ("", *_KINDS) else "file")
 
@@ -180,6 +202,7 @@ def _wrap_execution(points: Failpoints) -> None:
 
 def _wrap_commands(points: Failpoints) -> None:
     from cifixer_exec.backends.docker_local.stream import ExecTransport
+    from cifixer_exec.backends.kubernetes import stream as kubernetes_stream
     from cifixer_exec.channel.channel import Channel
     from cifixer_exec.channel.transport import SocketTransport
     from cifixer_exec.model import ExecRecord
@@ -200,7 +223,7 @@ def _wrap_commands(points: Failpoints) -> None:
                 yield item
 
     setattr(Channel, "run", running)  # noqa: B010
-    for transport in (SocketTransport, ExecTransport):
+    for transport in (SocketTransport, ExecTransport, kubernetes_stream.ExecTransport):
         setattr(transport, "send", _sending(transport.send, points))  # noqa: B010
 
 

@@ -1,0 +1,60 @@
+"""What other users of a cluster do to a sandbox's Job and Pod, behind everyone's back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from cifixer_exec import AppConfig
+from cifixer_exec.backends.kubernetes import Address
+from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.job import CONTAINER, STOP
+from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.stream import exec_in
+
+
+def cluster_of(config: AppConfig) -> Cluster:
+    """A way to the cluster of our own, so that no breaker of a backend learns from it."""
+    address = Address(kubeconfig=config.kubernetes_kubeconfig, context=config.kubernetes_context, namespace=config.kubernetes_namespace)
+    return Cluster(address)
+
+
+def names_of(config: AppConfig) -> Names:
+    return Names(f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace)
+
+
+def pod_of(config: AppConfig, sandbox_id: str) -> dict[str, Any]:
+    """The Pod of a sandbox."""
+    cluster = cluster_of(config)
+    path = f"/api/v1/namespaces/{cluster.namespace}/pods"
+    (page,) = cluster.pages(path, "looking", selector=names_of(config).selector(sandbox_id))
+    return next(pod for pod in page if not pod["metadata"].get("deletionTimestamp"))
+
+
+def end_first_process(config: AppConfig, sandbox_id: str) -> None:
+    """The container's PID 1, which is the runner, ends; the kernel ends the rest. No other signal reaches it but from its node."""
+    pod = str(pod_of(config, sandbox_id)["metadata"]["name"])
+
+    async def stop() -> None:
+        transport = await exec_in(cluster_of(config), pod=pod, container=CONTAINER, command=STOP)
+        try:
+            while await transport.receive():
+                pass
+        except ConnectionError:
+            pass  # the exec dies with the container
+        finally:
+            transport.close()
+
+    asyncio.run(stop())
+
+
+def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Background") -> None:
+    """As ``kubectl delete job`` does it."""
+    cluster, job = cluster_of(config), names_of(config).job(sandbox_id)
+    cluster.delete(f"/apis/batch/v1/namespaces/{cluster.namespace}/jobs/{job}", "deleting", {"propagationPolicy": propagation})
+
+
+def delete_pod(config: AppConfig, sandbox_id: str, *, grace_s: int = 0) -> None:
+    """As ``kubectl delete pod`` does it, by default with force."""
+    cluster, pod = cluster_of(config), pod_of(config, sandbox_id)["metadata"]["name"]
+    cluster.delete(f"/api/v1/namespaces/{cluster.namespace}/pods/{pod}", "deleting", {"gracePeriodSeconds": grace_s})
