@@ -2,46 +2,75 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from functools import cache
 from typing import Any
 
 from cifixer_exec import AppConfig
-from cifixer_exec.backends.kubernetes import KubernetesBackend
+from cifixer_exec.backends.kubernetes.rights import NEEDED
 from cifixer_exec.backends.registry import make_backend
+from tests.support.kubernetes.images import RUNNER_IMAGE
+from tests.support.kubernetes.stand_in import NotHereError, OwnStandIn, StandIn
 
 KUBECONFIG = "CIFIXER_TEST_KUBECONFIG"
-NAMESPACE, IMAGE, RUNNER_IMAGE = (
-    "CIFIXER_TEST_KUBERNETES_NAMESPACE",
-    "CIFIXER_TEST_KUBERNETES_IMAGE",
-    "CIFIXER_TEST_KUBERNETES_RUNNER_IMAGE",
-)
+NAMESPACE = "CIFIXER_TEST_KUBERNETES_NAMESPACE"
+#: Of sandboxes, and of the runner; without the latter it is uploaded.
+IMAGE, RUNNER = "CIFIXER_TEST_KUBERNETES_IMAGE", "CIFIXER_TEST_KUBERNETES_RUNNER_IMAGE"
+_WORKER = "system:serviceaccount:ci-fixer:ci-fixer-worker"
+_RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
 class NoClusterError(Exception):
     """Why there is none."""
 
 
+def is_real() -> bool:
+    """Whether the tests were given a cluster."""
+    return bool(os.environ.get(KUBECONFIG))
+
+
 @cache
 def cluster_settings() -> dict[str, Any]:
     """Members of an AppConfig. Raises NoClusterError."""
-    if not os.environ.get(KUBECONFIG):
-        raise NoClusterError(f"{KUBECONFIG} is not set")
+    namespace = os.environ.get(NAMESPACE, "ci-fixer-sandboxes")
+    if not is_real():
+        return {
+            "kubernetes_kubeconfig": str(stand_in().user(_WORKER, role_rules(), namespace=namespace)),
+            "kubernetes_namespace": namespace,
+            "kubernetes_runner_image": RUNNER_IMAGE,
+        }
     image = {"image": os.environ[IMAGE]} if os.environ.get(IMAGE) else {}
     return {
         "kubernetes_kubeconfig": os.environ[KUBECONFIG],
-        "kubernetes_namespace": os.environ.get(NAMESPACE, "ci-fixer-sandboxes"),
-        "kubernetes_runner_image": os.environ.get(RUNNER_IMAGE, ""),
+        "kubernetes_namespace": namespace,
+        "kubernetes_runner_image": os.environ.get(RUNNER, ""),
         **image,
     }
 
 
+@cache
+def stand_in() -> StandIn:
+    """The one of this process, with the namespace that sandboxes are in; it ends with the process. Raises NoClusterError."""
+    own = OwnStandIn(tls=True)
+    try:
+        cluster = own.__enter__()
+    except NotHereError as error:
+        raise NoClusterError(str(error)) from None
+    atexit.register(own.close)
+    cluster.namespace("ci-fixer-sandboxes", labels=_RESTRICTED, accounts=("ci-fixer-sandbox",))
+    return cluster
+
+
+def role_rules() -> list[dict[str, Any]]:
+    """What ``k8s/rbac/role.yaml`` grants."""
+    return [{"apiGroups": [group], "resources": [resource], "verbs": list(verbs)} for group, resource, verbs in NEEDED]
+
+
 def left_in_cluster(namespace: str) -> list[str]:
-    """What is there of one namespace of ours, and not just going."""
+    """What is there of one namespace of ours."""
     found = []
     for dispatch in ("queue", "direct"):
         config = AppConfig(execution_backend="kubernetes", dispatch=dispatch, namespace=namespace, **cluster_settings())
-        backend = make_backend(config)
-        assert isinstance(backend, KubernetesBackend)
-        found += [f"sandbox {owned.handle.sandbox_id} ({dispatch})" for owned in backend.list_owned()]
+        found += [f"sandbox {owned.handle.sandbox_id} ({dispatch})" for owned in make_backend(config).list_owned()]
     return found

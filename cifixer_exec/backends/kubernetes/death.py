@@ -89,6 +89,14 @@ def _of_job(job: Mapping[str, Any] | None) -> str:
     return ""
 
 
+def last_words(cluster: Cluster, pod: str, container: str) -> str:
+    """The end of what a container wrote, which is why it ended; empty when that cannot be had."""
+    path = f"/api/v1/namespaces/{cluster.namespace}/pods/{pod}/log"
+    with suppress(ExecutorError):
+        return cluster.text(path, "reading a log", container=container, tailLines="5", limitBytes="2000").strip()
+    return ""
+
+
 def from_events(cluster: Cluster, pod_uid: str, pod: Mapping[str, Any] | None) -> str:
     """The cause, when the objects did not tell it."""
     with suppress(ExecutorError):

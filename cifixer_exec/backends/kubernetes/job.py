@@ -229,7 +229,7 @@ def _volumes(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -
     volumes = [
         {"name": "disk", "emptyDir": disk},
         {"name": "cifixer", "emptyDir": {"medium": "Memory", "sizeLimit": str(spool + _RUNNER_BYTES)}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(_SHM_BYTES)}},
+        {"name": "dev-shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(_SHM_BYTES)}},
         {"name": "accounts", "downwardAPI": {"items": [_file(named.PASSWD, "passwd"), _file(named.GROUP, "group")]}},
     ]
     if options.volume_claim:
@@ -250,7 +250,7 @@ def _mounts(options: KubernetesOptions) -> list[dict[str, Any]]:
         {"name": "disk", "subPath": "home", "mountPath": HOME},
         {"name": "disk", "subPath": "tmp", "mountPath": TMP},
         {"name": "disk", "subPath": "tmp", "mountPath": "/var/tmp"},  # noqa: S108
-        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+        {"name": "dev-shm", "mountPath": "/dev/shm"},  # noqa: S108
         {"name": "cifixer", "subPath": "bin", "mountPath": BIN, **read_only},
         {"name": "cifixer", "subPath": "spool", "mountPath": SPOOL},
         {"name": "cifixer", "subPath": "channel", "mountPath": CHANNEL},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cifixer_exec.backends.kubernetes import death
 from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict
@@ -93,7 +94,9 @@ class Start:
 
     def _failed(self, why: Verdict, pod: dict[str, Any]) -> ExecutorError:
         kind = PassingError if why.passing else SandboxStartError
-        return kind(f"its Pod does not start: {why.why}" + (f": {why.remedy}" if why.remedy else self._seen(pod)), why.remedy)
+        said = death.last_words(self.cluster, pod["metadata"]["name"], why.ended) if why.ended else ""
+        more = f": {said}" if said else self._seen(pod)
+        return kind(f"its Pod does not start: {why.why}" + (f": {why.remedy}" if why.remedy else more), why.remedy)
 
     def _late(self, why: Verdict, pod: dict[str, Any]) -> ExecutorError:
         """Nothing of it was started when it is for want of room."""

@@ -41,6 +41,8 @@ class Verdict:
     final: bool = False
     passing: bool = False
     soon: bool = False
+    #: The container that has ended; it may have said why.
+    ended: str = ""
     why: str = ""
     remedy: str = ""
 
@@ -94,7 +96,8 @@ def _ended(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Verdict | None:
         state = container["state"].get("terminated")
         if state and (state.get("exitCode") != 0 or container["name"] == CONTAINER):
             words = str(state.get("message") or f"exit code {state.get('exitCode')}")
-            return Verdict(final=True, why=f"container {container['name']!r} ended: {_told(str(state.get('reason') or 'Error'), words)}")
+            told = _told(str(state.get("reason") or "Error"), words)
+            return Verdict(final=True, ended=container["name"], why=f"container {container['name']!r} ended: {told}")
     if status.get("phase") in ("Failed", "Succeeded"):
         return Verdict(final=True, why=_told(str(status.get("reason") or status["phase"]), str(status.get("message") or "")))
     if pod["metadata"].get("deletionTimestamp"):
