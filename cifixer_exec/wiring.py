@@ -203,7 +203,8 @@ def make_exposure(config: AppConfig, worker: WorkerRuntime) -> Exposure | None:
         placement=worker.placement,
     )
     host, port = host_and_port(config.metrics_address)
-    return Exposure(host, port, metrics=metrics.exposition(metrics.WorkerCollector(source)), trouble=worker.trouble)
+    shown = metrics.exposition(metrics.WorkerCollector(source))
+    return Exposure(host, port, metrics=shown, trouble=worker.trouble, stuck=worker.stuck)
 
 
 def make_beat_exposure(config: AppConfig) -> tuple[Exposure, Callable[[], None]] | None:

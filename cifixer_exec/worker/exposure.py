@@ -1,11 +1,11 @@
-"""``/metrics`` and ``/healthz`` over HTTP, served by a thread of the process that they tell of."""
+"""``/metrics``, ``/healthz`` and ``/livez`` over HTTP, served by a thread of the process that they tell of."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
@@ -37,15 +37,18 @@ class _Server(ThreadingMixIn, TCPServer):
 class Exposure:
     """Listens from the moment that it is made. Nothing is asked of the caller: whoever reaches the address may read."""
 
-    def __init__(self, host: str, port: int, *, metrics: Callable[[], bytes], trouble: Callable[[], str]) -> None:
-        """``trouble`` says in a sentence why the process is of no use just now, and nothing when all is well.
+    def __init__(
+        self, host: str, port: int, *, metrics: Callable[[], bytes], trouble: Callable[[], str], stuck: Callable[[], str] = lambda: ""
+    ) -> None:
+        """``trouble`` says in a sentence why the process is of no use just now, and nothing when all is well; ``stuck`` says only what a
+        restart would mend, so nothing of a Redis that is away.
 
         Raises:
             InvalidRequestError: the address cannot be listened on.
         """
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._server = _Server(family, address, _handler(metrics, trouble))
+            self._server = _Server(family, address, _handler(metrics, {"/healthz": trouble, "/livez": stuck}))
         except OSError as error:
             raise InvalidRequestError(
                 f"metrics_address: {host}:{port} cannot be listened on ({error.strerror or error}): "
@@ -66,7 +69,7 @@ class Exposure:
         self._thread.join(REQUEST_TIMEOUT_S)
 
 
-def _handler(metrics: Callable[[], bytes], trouble: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
+def _handler(metrics: Callable[[], bytes], checks: Mapping[str, Callable[[], str]]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = REQUEST_TIMEOUT_S
 
@@ -74,11 +77,11 @@ def _handler(metrics: Callable[[], bytes], trouble: Callable[[], str]) -> type[B
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 self._answer(200, _METRICS_TYPE, metrics())
-            elif path == "/healthz":
-                said = trouble()
+            elif path in checks:
+                said = checks[path]()
                 self._answer(503 if said else 200, _TEXT_TYPE, f"{said or 'ok'}\n".encode())
             else:
-                self._answer(404, _TEXT_TYPE, b"there are /metrics and /healthz here\n")
+                self._answer(404, _TEXT_TYPE, b"there are /metrics, /healthz and /livez here\n")
 
         do_HEAD = do_GET  # noqa: N815
 

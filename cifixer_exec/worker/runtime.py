@@ -160,9 +160,15 @@ class WorkerRuntime:
 
     def trouble(self) -> str:
         """Why this worker is of no use just now, in a sentence; empty when all is well. Asks nobody, in any thread."""
-        if not self.responsive():
-            return f"the event loop has not turned for {time.monotonic() - self._pulse_at:.0f} s"
+        if said := self.stuck():
+            return said
         return "" if self.lease_valid() else "this worker holds no valid lease: Redis does not answer it, or it starts or ends just now"
+
+    def stuck(self) -> str:
+        """Why only a restart would mend this worker; empty when it would not. Asks nobody, in any thread."""
+        if self._background and not self.responsive():
+            return f"the event loop has not turned for {time.monotonic() - self._pulse_at:.0f} s"
+        return ""
 
     def queue_lengths(self, queues: Sequence[str], *, patience_s: float) -> Mapping[str, int] | None:
         """How many doorbells wait in each; None when that is not known within ``patience_s``. In any thread but the loop's."""

@@ -204,8 +204,14 @@ def trouble() -> list[str]:
 
 
 @pytest.fixture
-def exposure(trouble: list[str]) -> Iterator[Exposure]:
-    made = Exposure("127.0.0.1", 0, metrics=lambda: b"a 1\n", trouble=lambda: trouble[-1])
+def stuck() -> list[str]:
+    """What only a restart would mend; the last one counts."""
+    return [""]
+
+
+@pytest.fixture
+def exposure(trouble: list[str], stuck: list[str]) -> Iterator[Exposure]:
+    made = Exposure("127.0.0.1", 0, metrics=lambda: b"a 1\n", trouble=lambda: trouble[-1], stuck=lambda: stuck[-1])
     yield made
     made.close()
 
@@ -228,6 +234,13 @@ def test_metrics_and_health_are_answered_and_nothing_else(exposure: Exposure, tr
     assert asked(exposure, "/healthz") == (503, "it is stuck\n")
     assert asked(exposure, "/")[0] == 404
     assert asked(exposure, "/metrics", "POST")[0] == 501
+
+
+def test_what_only_a_restart_would_mend_is_asked_apart(exposure: Exposure, trouble: list[str], stuck: list[str]) -> None:
+    trouble.append("Redis is away")
+    assert asked(exposure, "/livez") == (200, "ok\n")
+    stuck.append("the loop stands still")
+    assert asked(exposure, "/livez") == (503, "the loop stands still\n")
 
 
 def test_a_client_that_says_nothing_keeps_no_other_waiting(exposure: Exposure) -> None:

@@ -84,7 +84,7 @@ class KubernetesBackend(Backend):
             cluster = self._cluster
             details |= {"server": cluster.credentials.host, "placement": self.placement, "networks": ", ".join(self._options.networks)}
             if self._options.networks == ("cluster",):
-                details["networks_remedy"] = "apply k8s/networkpolicy and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
+                details["networks_remedy"] = "kubectl apply -k k8s/sandboxes, and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
             if lacking := rights.missing(cluster):
                 mend = "kubectl apply -f k8s/rbac/k8s.yaml"
                 summary = f"the Kubernetes API does not let us: {', '.join(lacking)} in namespace {cluster.namespace!r}"
