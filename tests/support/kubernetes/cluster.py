@@ -27,6 +27,7 @@ class Cluster:
     """To be made on the event loop that it lives on. ``requests`` leads to the launcher."""
 
     def __init__(self, directory: Path, requests: socket.socket, *, one_user: bool) -> None:
+        self._directory = directory
         self.knobs = Knobs()
         self.faults = Faults()
         self.users = Users()
@@ -59,6 +60,7 @@ class Cluster:
     def left(self) -> dict[str, list[str]]:
         """What there still is of Jobs and Pods, and of their processes, mounts and control groups."""
         names = {k.resource: [f"{i['metadata']['namespace']}/{i['metadata']['name']}" for i in self.store.all(k)] for k in (JOBS, PODS)}
-        mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/pods/" in line.split()[4]]
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        mounts = [point for point in points if point.startswith(f"{self._directory}/")]
         processes = [str(pid) for pid in self.runtime.processes()]
         return {**names, "workers": self.kubelet.pods, "processes": processes, "mounts": mounts, "groups": self.runtime.groups()}

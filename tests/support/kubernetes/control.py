@@ -107,11 +107,11 @@ class Control:
 
     def freeze(self) -> None:
         """Connections are accepted and nothing is answered."""
-        self._cluster.faults.thawed.clear()
+        self._server.freeze()
 
     def thaw(self) -> None:
         """It goes on where it was."""
-        self._cluster.faults.thawed.set()
+        self._server.thaw()
 
     async def restart(self, down_s: float) -> None:
         """Every connection is cut; after ``down_s`` it is there again with all its objects."""

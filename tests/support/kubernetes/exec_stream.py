@@ -37,10 +37,13 @@ def ended(code: int) -> Json:
 
 
 class ExecStream:
-    """One socket and one process. ``gate`` is waited for before each frame in either direction (a frozen server)."""
+    """One socket and one process. ``gate`` is waited for before each frame in either direction (a frozen server); ``cut`` cuts."""
 
-    def __init__(self, socket: web.WebSocketResponse, wanted: dict[str, bool], gate: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, socket: web.WebSocketResponse, wanted: dict[str, bool], gate: Callable[[], Awaitable[None]], cut: Callable[[], None]
+    ) -> None:
         self.socket = socket
+        self._cut = cut
         self._half_close = socket.ws_protocol == "v5.channel.k8s.io"
         self._wanted = wanted
         self._gate = gate
@@ -172,12 +175,8 @@ class ExecStream:
 
     def _cuts(self) -> bool:
         self.frames_in += 1
-        if (
-            self.cut_after_frames
-            and self.frames_in >= self.cut_after_frames
-            and (transport := self.socket._req and self.socket._req.transport)
-        ):
-            transport.abort()
+        if self.cut_after_frames and self.frames_in >= self.cut_after_frames:
+            self._cut()
             return True
         return False
 

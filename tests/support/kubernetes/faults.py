@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+import struct
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +79,14 @@ def _refusal(fault: Fault) -> ApiError:
 
 def cut(request: web.BaseRequest) -> None:
     """The connection is reset. Raises ConnectionResetError."""
-    if request.transport is not None:
-        request.transport.abort()
+    reset(request)
     raise ConnectionResetError("cut by a fault")
+
+
+def reset(request: web.BaseRequest) -> None:
+    """A RST, without a close in order."""
+    if request.transport is not None:
+        connection = request.transport.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.transport.abort()

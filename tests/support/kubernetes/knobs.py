@@ -14,7 +14,6 @@ class Knobs:
     job_batch_s: float = 1.0
     ttl_controller: bool = True
     collector: bool = True
-    kubelet: bool = True
     cpu: float = 64.0
     memory_bytes: int = 256 << 30
     max_pods: int = 1000
@@ -28,6 +27,8 @@ class Knobs:
     protocols: tuple[str, ...] = ("v5.channel.k8s.io", "v4.channel.k8s.io", "channel.k8s.io")
     bookmark_s: float = 60.0
     pull_backoff_s: float = 10.0
+    #: How often the kubelet looks at volumes on its disk.
+    eviction_s: float = 10.0
     continue_s: float = 300.0
 
     def set(self, **values: Any) -> None:

@@ -70,7 +70,7 @@ class Kubelet:
     async def close(self) -> None:
         """Kills what runs."""
         for worker in list(self._workers.values()):
-            worker.vanish(grace_s=0)
+            worker.vanish(at_once=True)
         tasks = list(self._tasks.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=10)

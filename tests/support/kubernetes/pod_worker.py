@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,20 +59,22 @@ class PodWorker:
         self.logs = {c.name: Log() for c in (*self._init, *self._main)}
         self._stopping = asyncio.Event()
         self._grace_s: float = 30.0
-        self._extra: Json = {}
-        self.lost = False
+        self._verdict: Json = {}
+        self._condition: Json | None = None
+        self._forgotten = self._at_once = self.lost = False
 
     async def run(self) -> None:
         """Returns when nothing of it is left on the node; cancelled, it kills what runs."""
         try:
             life = asyncio.create_task(self._live())
-            stopped = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait({life, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            others = [asyncio.create_task(c) for c in (self._stopping.wait(), self._enforce_deadline(), self._enforce_sizes())]
+            await asyncio.wait({life, others[0]}, return_when=asyncio.FIRST_COMPLETED)
             if not life.done():
                 await self._terminate(life)
             else:
                 life.result()
-            stopped.cancel()
+            for task in others:
+                task.cancel()
             self._tell_status()
             await self._clear()
             await self._gone()
@@ -87,18 +89,34 @@ class PodWorker:
         self._grace_s = min(self._grace_s, grace_s) if self._stopping.is_set() else grace_s
         self._stopping.set()
 
-    def vanish(self, *, grace_s: float = _LEAST_GRACE_S) -> None:
+    def vanish(self, *, at_once: bool = False) -> None:
         """The API server does not know it any more."""
-        self._extra["forgotten"] = True
-        self.stop(grace_s)
-
-    def evict(self, reason: str, message: str, condition: Json) -> None:
-        """The node ends it: Failed, and the object stays."""
-        now = stamp(self._tools.store.now())
-        told = {"status": "True", "lastProbeTime": None, "lastTransitionTime": now, **condition}
-        self._extra |= {"status": {"phase": "Failed", "reason": reason, "message": message}, "condition": told}
-        self._tell("Evicted", message, warning=True)
+        self._forgotten = True
+        self._at_once = at_once
         self.stop(0)
+
+    def evict(self, reason: str, message: str, condition: Json | None) -> None:
+        """The node ends it: Failed, and the object stays."""
+        self._verdict = {"phase": "Failed", "reason": reason, "message": message}
+        if condition is not None:
+            now = stamp(self._tools.store.now())
+            self._condition = {"status": "True", "lastProbeTime": None, "lastTransitionTime": now, **condition}
+        self._tell(reason, message, warning=condition is not None)
+        self.stop(1)
+
+    async def _enforce_deadline(self) -> None:
+        """The Pod's own, not that of its Job."""
+        if "activeDeadlineSeconds" in self._pod["spec"]:
+            await asyncio.sleep(self._pod["spec"]["activeDeadlineSeconds"])
+            self.evict("DeadlineExceeded", "Pod was active on the node longer than the specified deadline", None)
+
+    async def _enforce_sizes(self) -> None:
+        """Of volumes on the node's disk, which have no limit of their own."""
+        while self._volumes.on_disk:
+            await asyncio.sleep(self._tools.knobs.eviction_s)
+            if words := await asyncio.to_thread(self._volumes.excess):
+                self.evict("Evicted", words, {"type": "DisruptionTarget", "reason": "TerminationByKubelet", "message": words})
+                return
 
     def lose(self) -> None:
         """The node does not answer any more: nothing is told, nothing can be asked, and what ran on it has stopped."""
@@ -118,7 +136,7 @@ class PodWorker:
         for state, container in zip(self._init, self._pod["spec"].get("initContainers") or [], strict=True):
             await self._run_container(state, container, "initContainers")
             await self._wait(state)
-            if state.ended is None or state.ended["exitCode"] != 0:
+            if state.ended is None or state.ended["exitCode"] != 0 or self._stopping.is_set():
                 self._tell_status()
                 return
         self._tell_status()
@@ -157,7 +175,7 @@ class PodWorker:
         nothing = os.open(os.devnull, os.O_RDONLY)
         try:
             self._tell("Created", f"Container created: {state.name}", field=field)
-            state.process = await tools.runtime.run(request, [nothing, writer, writer], limits_of(container, tools.knobs))
+            await self._launch(state, tools.runtime.run(request, [nothing, writer, writer], limits_of(container, tools.knobs)))
         except LaunchError as error:
             os.close(reader)
             words = f"failed to create containerd task: failed to create shim task: OCI runtime create failed: {error}"
@@ -175,6 +193,17 @@ class PodWorker:
         self._tell("Started", f"Container started: {state.name}", field=field)
         if state in self._init:
             self._tell_status()
+
+    async def _launch(self, state: ContainerState, starting: Coroutine[Any, Any, Process]) -> None:
+        """Who is cancelled meanwhile waits until the process is there, and ends it. Raises LaunchError."""
+        task = asyncio.ensure_future(starting)
+        try:
+            state.process = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with suppress(LaunchError):
+                state.process = await task
+                self._tools.runtime.kill(state.process, signal.SIGKILL)
+            raise
 
     async def _pull(self, state: ContainerState, field: str) -> Json:
         """Tried again for ever, with a back-off."""
@@ -231,11 +260,14 @@ class PodWorker:
         for state in running:
             assert state.process is not None
             self._tell("Killing", f"Stopping container {state.name}", field=f"spec.containers{{{state.name}}}")
-            self._tools.runtime.kill(state.process, signal.SIGTERM)
         loop = asyncio.get_running_loop()
         began = loop.time()
+        await self._run_hooks(running)
+        for state in running:
+            assert state.process is not None
+            self._tools.runtime.kill(state.process, signal.SIGTERM)
         while any(c.process and not c.process.status.done() for c in running):
-            if loop.time() - began >= max(self._grace_s, _LEAST_GRACE_S if self._grace_s else 0):
+            if loop.time() - began >= (0 if self._at_once else max(self._grace_s, _LEAST_GRACE_S)):
                 for state in running:
                     assert state.process is not None
                     self._tools.runtime.kill(state.process, signal.SIGKILL)
@@ -245,12 +277,32 @@ class PodWorker:
             life.cancel()
         with suppress(asyncio.CancelledError):
             await life
-        for state in (*self._init, *self._main):
-            if state.ended is None and state.process is None:
-                state.waiting = state.waiting or {"reason": "ContainerCreating"}
+        for state in self._main:
+            if state.ended is None:
+                words = "The container could not be located when the pod was terminated"
+                state.end(self._tools.store.now(), 137, reason="ContainerStatusUnknown", message=words)
+
+    async def _run_hooks(self, running: list[ContainerState]) -> None:
+        """preStop, before SIGTERM and within the grace; none for who is killed at once."""
+        hooks = {c["name"]: c.get("lifecycle", {}).get("preStop", {}).get("exec") for c in self._pod["spec"]["containers"]}
+        due = [(c.process, hooks[c.name]["command"]) for c in running if c.process is not None and hooks.get(c.name)]
+        if due and not self._at_once:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(self._grace_s, _LEAST_GRACE_S)):
+                    await asyncio.gather(*(self._run_hook(process, command) for process, command in due))
+
+    async def _run_hook(self, container: Process, command: list[str]) -> None:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        try:
+            hook = await self._tools.runtime.execute(container, command, [nothing, nothing, nothing])
+            await hook.status
+        except LaunchError as error:
+            self._tell("FailedPreStopHook", f"PreStopHook failed: {error}", warning=True)
+        finally:
+            os.close(nothing)
 
     def _tell_status(self) -> None:
-        if not self._tools.knobs.kubelet or self.lost:
+        if self.lost:
             return
         self._tools.store.change(PODS, self._namespace, self.name, self._edit)
 
@@ -273,8 +325,8 @@ class PodWorker:
         status["containerStatuses"] = [c.shown() for c in self._main]
         if self._init:
             status["initContainerStatuses"] = [c.shown() for c in self._init]
-        status |= self._extra.get("status", {})
-        if told := self._extra.get("condition"):
+        status |= self._verdict
+        if (told := self._condition) is not None:
             status["conditions"] = [told, *(c for c in status["conditions"] if c["type"] != told["type"])]
 
     async def _clear(self) -> None:
@@ -285,24 +337,23 @@ class PodWorker:
     async def _gone(self) -> None:
         """The volumes go with the containers; the object when somebody has asked for that."""
         self._volumes.remove()
-        while not self._extra.get("forgotten"):
+        while not self._forgotten:
             pod = self._tools.store.find(PODS, self._namespace, self.name)
             if pod is None or pod["metadata"]["uid"] != self._uid:
                 return
-            if pod["metadata"].get("deletionTimestamp") and not self.lost and self._tools.knobs.kubelet:
+            if pod["metadata"].get("deletionTimestamp") and not self.lost:
+                options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self._uid}}
                 with suppress(ApiError):
-                    delete(
-                        self._tools.store, PODS, self._namespace, self.name, {"gracePeriodSeconds": 0, "preconditions": {"uid": self._uid}}
-                    )
+                    delete(self._tools.store, PODS, self._namespace, self.name, options)
                 return
             self._stopping.clear()
             await self._stopping.wait()
 
     def _tell(self, reason: str, message: str, *, warning: bool = False, field: str = "") -> None:
-        if not self.lost and not self._extra.get("forgotten"):
+        if not self.lost and not self._forgotten:
             self._tools.recorder.tell(self._pod, reason, message, source=_SOURCE, warning=warning, field=field)
 
 
 def _initial(container: Json, after_init: bool) -> ContainerState:
-    waiting: Callable[[], Json] = lambda: {"reason": "PodInitializing" if after_init else "ContainerCreating"}  # noqa: E731
-    return ContainerState(container["name"], container["image"], waiting=waiting())
+    waiting = {"reason": "PodInitializing" if after_init else "ContainerCreating"}
+    return ContainerState(container["name"], container["image"], waiting=waiting)

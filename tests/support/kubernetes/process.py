@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -45,9 +46,8 @@ class Listener:
         """At once: nobody is told."""
         runner, self._runner = self._runner, None
         if runner is not None:
-            for transport in list(self._server.connections):
-                if isinstance(transport, asyncio.Transport):
-                    transport.abort()
+            for transport in self._server.connections:
+                transport.abort()
             self._server.connections.clear()
             await runner.cleanup()
 
@@ -107,6 +107,7 @@ async def _serve(directory: Path, requests: socket.socket, *, one_user: bool, tl
     await cluster.kubelet.close()
     await runner.cleanup()
     cluster.runtime.close()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 async def _end_of_input(loop: asyncio.AbstractEventLoop) -> None:

@@ -74,7 +74,10 @@ class Runtime:
     async def run(self, request: dict[str, Any], descriptors: list[int], limits: Limits) -> Process:
         """A container: its PID 1 has been started when this returns. Raises LaunchError."""
         name = self._new_name()
-        groups = await asyncio.to_thread(self._make_groups, name, limits)
+        try:
+            groups = await asyncio.to_thread(self._make_groups, name, limits)
+        except OSError as error:
+            raise LaunchError(f"control groups: {error}", "internal") from None
         request |= {"groups": [str(g) for g in groups], "group_views": self._views(name)}
         try:
             process = await self._launch({**request, "verb": "run"}, name, descriptors)

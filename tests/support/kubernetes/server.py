@@ -16,7 +16,7 @@ from tests.support.kubernetes.authorization import Attributes, User, access_revi
 from tests.support.kubernetes.cluster import Cluster
 from tests.support.kubernetes.deletion import delete
 from tests.support.kubernetes.exec_stream import ExecStream, failure, new_socket
-from tests.support.kubernetes.faults import Fault, cut
+from tests.support.kubernetes.faults import Fault, cut, reset
 from tests.support.kubernetes.kinds import NAMESPACES, PODS, Kind, kind_of
 from tests.support.kubernetes.lists import Lists
 from tests.support.kubernetes.pod_worker import HOST_ADDRESS
@@ -39,7 +39,7 @@ class ApiServer:
         self.unknown: list[str] = []
         self.watches: list[Watch] = []
         self.execs: list[tuple[str, web.Request]] = []
-        self.connections: set[asyncio.BaseTransport] = set()
+        self.connections: set[asyncio.Transport] = set()
         #: For the next exec: see ExecStream.
         self.cut_after_frames = 0
 
@@ -51,8 +51,7 @@ class ApiServer:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One request."""
-        if request.transport is not None:
-            self.connections.add(request.transport)
+        self._remember(request.transport)
         await self._cluster.faults.thawed.wait()
         address = address_of(request.method, request.path, request.query)
         try:
@@ -68,6 +67,10 @@ class ApiServer:
             return answer
         except ApiError as error:
             return web.json_response(error.body, status=error.code, headers=error.headers)
+
+    def _remember(self, transport: asyncio.Transport | None) -> None:
+        if transport is not None and transport not in self.connections:
+            self.connections = {t for t in self.connections if not t.is_closing()} | {transport}
 
     def _lose(self, fault: Fault, request: web.Request) -> None:
         if fault.kind == "lost_reply":
@@ -257,7 +260,7 @@ class ApiServer:
             return web.Response(status=500, text=words)
         socket = new_socket(knobs.protocols)
         await socket.prepare(request)
-        stream = ExecStream(socket, wanted, self._thawed)
+        stream = ExecStream(socket, wanted, self._thawed, lambda: reset(request))
         stream.cut_after_frames, self.cut_after_frames = self.cut_after_frames, 0
         entry = (address.name, request)
         self.execs.append(entry)
@@ -281,9 +284,21 @@ class ApiServer:
         """No status frame, no close: as when a load balancer or an API server goes away. Returns how many."""
         cut_ones = [request for name, request in self.execs if pod in ("", name)]
         for request in cut_ones:
-            if request.transport is not None:
-                request.transport.abort()
+            reset(request)
         return len(cut_ones)
+
+    def freeze(self) -> None:
+        """Nothing is read from any connection, so that not even a ping is answered."""
+        self._cluster.faults.thawed.clear()
+        for transport in self.connections:
+            transport.pause_reading()
+
+    def thaw(self) -> None:
+        """It goes on where it was."""
+        self._cluster.faults.thawed.set()
+        for transport in self.connections:
+            if not transport.is_closing():
+                transport.resume_reading()
 
     def drop_watches(self) -> int:
         """Ends them as a timeout does."""

@@ -138,6 +138,11 @@ def pod_spec(spec: Json, path: str) -> list[Cause]:
     for kind, several in (("initContainers", spec.get("initContainers") or []), ("containers", containers)):
         for index, container in enumerate(several):
             wrong += _container(container, f"{path}.{kind}[{index}]", volumes, seen)
+    return wrong + _scalars(spec, path)
+
+
+def _scalars(spec: Json, path: str) -> list[Cause]:
+    wrong: list[Cause] = []
     if spec.get("restartPolicy") not in ("Always", "OnFailure", "Never"):
         wrong.append(_not_supported(f"{path}.restartPolicy", str(spec.get("restartPolicy")), ("Always", "OnFailure", "Never")))
     if not 1 <= spec.get("activeDeadlineSeconds", 1) <= _MAX_ID:

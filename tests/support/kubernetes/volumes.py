@@ -147,14 +147,19 @@ class Volumes:
                 path.mkdir()
                 path.chmod(mode)
 
-    def usage_bytes(self, name: str) -> int:
-        """What a volume without a medium holds."""
-        total = 0
-        for directory, _, names in os.walk(self._root / name):
-            for entry in names:
-                with suppress(OSError):
-                    total += os.lstat(os.path.join(directory, entry)).st_blocks * 512
-        return total
+    @property
+    def on_disk(self) -> list[Json]:
+        """The empty directories without a medium that have a limit."""
+        volumes: list[Json] = self._pod["spec"].get("volumes") or []
+        return [v for v in volumes if v.get("emptyDir", {}).get("sizeLimit") and v["emptyDir"].get("medium") != "Memory"]
+
+    def excess(self) -> str:
+        """The kubelet's words about one that is over its limit, or ""."""
+        for volume in self.on_disk:
+            limit = volume["emptyDir"]["sizeLimit"]
+            if _usage_bytes(self._root / volume["name"]) > whole(limit):
+                return f'Usage of EmptyDir volume "{volume["name"]}" exceeds the limit "{limit}". '
+        return ""
 
     def remove(self) -> None:
         """Claims stay."""
@@ -162,6 +167,15 @@ class Volumes:
             with suppress(OSError):
                 kernel.unmount(str(path))
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+def _usage_bytes(path: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(path):
+        for entry in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(directory, entry)).st_blocks * 512
+    return total
 
 
 def _escaped(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tests.support.kubernetes.kinds import Kind
@@ -28,12 +28,14 @@ class Watch:
         self._version = version
         self._bookmark_s = bookmark_s
         self._queue: asyncio.Queue[Change | None] = asyncio.Queue()
-        self._end = store.listen(self._hear)
+        self._end: Callable[[], None] | None = store.listen(self._hear)
 
     def close(self) -> None:
         """No more events are gathered, and the iteration ends."""
-        self._end()
-        self._queue.put_nowait(None)
+        if self._end is not None:
+            self._end()
+            self._end = None
+            self._queue.put_nowait(None)
 
     async def events(self) -> AsyncIterator[Json]:
         """Until it is closed."""
@@ -48,14 +50,15 @@ class Watch:
             yield event
         while True:
             try:
-                change = await asyncio.wait_for(self._queue.get(), self._bookmark_s or None)
+                async with asyncio.timeout(self._bookmark_s or None):
+                    change = await self._queue.get()
             except TimeoutError:
                 yield self.bookmark()
                 continue
             if change is None:
                 return
-            if change.version > start and (event := self._event(change)) is not None:
-                yield event
+            if change.version > start and (told := self._event(change)) is not None:
+                yield told
 
     def bookmark(self) -> Json:
         """How far this watch has come: nothing that is relevant to it and older is missing."""
@@ -83,8 +86,7 @@ class Watch:
     def _event(self, change: Change) -> Json | None:
         """An object that begins or ceases to match its selector comes and goes like one that is made and deleted."""
         was = change.old is not None and self._test(change.old)
-        now = change.new is not None and self._test(change.new)
-        if now:
+        if change.new is not None and self._test(change.new):
             return {"type": "MODIFIED" if was else "ADDED", "object": change.new}
         if not was or change.old is None:
             return None
