@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.docker_rows import docker_rows
+from bench.kubernetes_rows import kubernetes_rows
 from bench.local_rows import local_rows
 from bench.rows import Row, machine, show
 
@@ -20,7 +21,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main() -> None:
     """Measure the backends that were asked for; each has a file of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("local", "docker"), help="leave the other backend out")
+    parser.add_argument("--only", choices=("local", "docker", "kubernetes"), help="leave the other backends out")
     parser.add_argument("--sandboxes", type=int, default=200, help="how many live at once on one local worker")
     parser.add_argument("--containers", type=int, default=100, help="the same for Docker")
     parser.add_argument("--rounds", type=int, default=20)
@@ -29,6 +30,7 @@ def main() -> None:
     measured: list[tuple[str, str, Callable[[], list[Row]]]] = [
         ("local", "latest.json", lambda: local_rows(options.rounds, options.sandboxes)),
         ("docker", "docker.json", lambda: docker_rows(options.rounds, options.containers)),
+        ("kubernetes", "kubernetes.json", lambda: kubernetes_rows(options.rounds)),
     ]
     for backend, name, measure in measured:
         if options.only in (None, backend):

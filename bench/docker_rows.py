@@ -176,7 +176,7 @@ def many(config: AppConfig, worker: int, count: int) -> list[Row]:
     return [row("containers alive at once on one worker, each with the right answer", float(right), f"= {count}", detail)]
 
 
-def none_of(_data: bytes) -> None:
+def none_of(_data: object) -> None:
     """What a thing returns is looked at by :func:`in_turn`; content is not to be kept."""
 
 

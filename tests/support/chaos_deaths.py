@@ -45,6 +45,13 @@ def frozen(config: AppConfig, sandbox_id: str) -> Iterator[None]:
         with docker_containers.paused_container(config, sandbox_id):
             yield
         return
+    if config.execution_backend == "kubernetes":
+        kubernetes_pods.stop_first_process(config, sandbox_id)
+        try:
+            yield
+        finally:
+            kubernetes_pods.continue_first_process(config, sandbox_id)
+        return
     runner = _pid(config, sandbox_id, "init.json")
     os.kill(runner, signal.SIGSTOP)
     try:

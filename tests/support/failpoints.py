@@ -165,7 +165,7 @@ def _around_function(inner: Callable[..., Any], name: str, points: Failpoints) -
 
 
 def _wrap_cluster(points: Failpoints) -> None:
-    from cifixer_exec.backends.kubernetes import jobs, upload
+    from cifixer_exec.backends.kubernetes import upload
     from cifixer_exec.backends.kubernetes.cluster import Cluster
 
     ask = Cluster.ask
@@ -177,7 +177,7 @@ def _wrap_cluster(points: Failpoints) -> None:
         return _around_function(ask, f"api.{verb}", points)(self, method, path, *arguments, **options)
 
     setattr(Cluster, "ask", asked)  # noqa: B010  # mypy refuses the assignment to a method
-    setattr(jobs, "upload_runner", _around_function(upload.upload_runner, "api.upload", points))  # noqa: B010
+    upload.send_runner = _around_coroutine(upload.send_runner, "api.upload", points)
 
 
 def _enter(kind: str) -> None:

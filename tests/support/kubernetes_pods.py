@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import Any
+
+import pytest
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.kubernetes import Address
@@ -11,6 +14,7 @@ from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.job import CONTAINER, STOP
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.stream import exec_in
+from tests.support.kubernetes_cluster import is_real, stand_in
 
 
 def cluster_of(config: AppConfig) -> Cluster:
@@ -46,6 +50,22 @@ def end_first_process(config: AppConfig, sandbox_id: str) -> None:
             transport.close()
 
     asyncio.run(stop())
+
+
+def stop_first_process(config: AppConfig, sandbox_id: str) -> None:
+    """It stands still until :func:`continue_first_process`. Skips on a real cluster, where only the node could do that."""
+    if is_real():
+        pytest.skip("only a node can stop a Pod's first process")
+    _signal(config, sandbox_id, signal.SIGSTOP)
+
+
+def continue_first_process(config: AppConfig, sandbox_id: str) -> None:
+    _signal(config, sandbox_id, signal.SIGCONT)
+
+
+def _signal(config: AppConfig, sandbox_id: str, number: signal.Signals) -> None:
+    pod = pod_of(config, sandbox_id)["metadata"]
+    stand_in().order("kill", namespace=pod["namespace"], pod=pod["name"], container=CONTAINER, number=int(number))
 
 
 def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Background") -> None:

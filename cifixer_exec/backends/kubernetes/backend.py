@@ -21,6 +21,7 @@ from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over
 from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX, SANDBOX_ID, Names, annotations_of, runner_token
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, exec_in
+from cifixer_exec.backends.kubernetes.upload import open_channel
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
 from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
@@ -121,7 +122,9 @@ class KubernetesBackend(Backend):
             pod = str(handle.data.get(POD, "")) or await asking(self._pod_name, handle)
             for attempt in (1, 2):
                 try:
-                    return await exec_in(cluster, pod=pod, container=CONTAINER, command=BRIDGE)
+                    if self._options.runner_image:
+                        return await exec_in(cluster, pod=pod, container=CONTAINER, command=BRIDGE)
+                    return await open_channel(cluster, pod)
                 except RefusedError as error:
                     if error.code != 401 or attempt > 1:
                         raise await self._no_exec(handle, error) from None

@@ -60,7 +60,7 @@ def _of_container(ended: Mapping[str, Any]) -> str:
     if not ended:
         return ""
     if ended.get("reason") == "OOMKilled":
-        return "out of memory: the kernel killed its first process"
+        return "out of memory: the kernel killed its container"
     code = ended.get("exitCode")
     if code == _EXPIRED:
         return _EXPIRED_TEXT

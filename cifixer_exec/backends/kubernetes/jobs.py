@@ -15,7 +15,6 @@ from cifixer_exec.backends.kubernetes.job import KubernetesOptions
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.start import PassingError, Start
-from cifixer_exec.backends.kubernetes.upload import upload_runner
 from cifixer_exec.errors import BackendError, ExecutorError, SandboxStartError
 
 #: Starts of one sandbox, when the cluster itself ended the Pod (evicted, preempted, node lost) before it ran; and the pause before another.
@@ -91,7 +90,7 @@ class Jobs:
             job = self._made_or_adopted(sandbox_id, manifest)
             job_uid = str(job["metadata"]["uid"])
             try:
-                return job_uid, self._started(sandbox_id, job_uid, deadline_s)
+                return job_uid, Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
             except PassingError as error:
                 self._undo(sandbox_id, job_uid)
                 if attempt == STARTS or time.monotonic() > deadline_s:
@@ -104,12 +103,6 @@ class Jobs:
                 self._undo(sandbox_id, job_uid)
                 raise
         raise AssertionError  # the last one returns or raises
-
-    def _started(self, sandbox_id: str, job_uid: str, deadline_s: float) -> dict[str, Any]:
-        pod = Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
-        if not self.options.runner_image:
-            upload_runner(self.cluster, str(pod["metadata"]["name"]))
-        return pod
 
     def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """A dead one, or one that is going, gives way."""

@@ -63,6 +63,7 @@ class ExecTransport:
         self._writer: asyncio.Task[None] | None = None
         self._broken: Exception | None = None
         self._said = b""
+        self._rest = b""
         #: Told by the server before the end.
         self.status: ExecStatus | None = None
 
@@ -76,7 +77,20 @@ class ExecTransport:
         """The end of its stderr."""
         return self._said.decode("utf-8", "replace").strip()
 
+    async def read_line(self) -> str:
+        """The next line of its output, without its end. Raises ConnectionError when there is none."""
+        while b"\n" not in self._rest and len(self._rest) < _MOST_SAID_BYTES:
+            kept, self._rest = self._rest, b""
+            if not (data := await self.receive()):
+                raise ConnectionError("it ended before a line")
+            self._rest = kept + data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode("utf-8", "replace").strip()
+
     async def receive(self) -> bytes:
+        if self._rest:
+            rest, self._rest = self._rest, b""
+            return rest
         while True:
             try:
                 message = await self._socket.receive()

@@ -17,6 +17,7 @@ from tests.support.kubernetes.stand_in import StandIn
 
 V5, V4 = "v5.channel.k8s.io", "v4.channel.k8s.io"
 _STDIN_BYTES = 256 << 10
+_TLS_END_S = 0.1
 _END_OF_STDIN = b"\xff\x00"
 
 
@@ -52,7 +53,13 @@ class Done:
 
 @asynccontextmanager
 async def exec_socket(
-    cluster: StandIn, token: str, pod: tuple[str, str], command: list[str], *, protocols: tuple[str, ...] = (V5, V4), container: str = "sandbox"
+    cluster: StandIn,
+    token: str,
+    pod: tuple[str, str],
+    command: list[str],
+    *,
+    protocols: tuple[str, ...] = (V5, V4),
+    container: str = "sandbox",
 ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     """``pod`` is (namespace, name). Raises aiohttp.WSServerHandshakeError."""
     query = [("container", container), ("stdin", "true"), ("stdout", "true"), ("stderr", "true"), *(("command", c) for c in command)]
@@ -64,6 +71,8 @@ async def exec_socket(
         session.ws_connect(url, protocols=protocols, compress=0, max_msg_size=0) as socket,
     ):
         yield socket
+    # https://docs.aiohttp.org/en/stable/client_advanced.html#graceful-shutdown
+    await asyncio.sleep(_TLS_END_S if cluster.tls else 0)
 
 
 async def drained(socket: aiohttp.ClientWebSocketResponse) -> Done:

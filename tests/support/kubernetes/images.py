@@ -11,8 +11,21 @@ from tests.support.kubernetes.knobs import Knobs
 
 Json = dict[str, Any]
 _NAME = re.compile(r"^([a-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$")
-_SYSTEM = ("bin", "etc", "lib", "lib32", "lib64", "libx32", "opt", "sbin", "usr", "var")
-_EMPTY = ("home", "media", "mnt", "root", "run", "srv", "tmp")
+_SYSTEM = ("bin", "lib", "lib32", "lib64", "libx32", "opt", "sbin", "usr")
+#: What an image would have of it, and nothing that tells of this machine's users and services.
+_ETC = (
+    "alternatives",
+    "debian_version",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "nsswitch.conf",
+    "os-release",
+    "profile",
+    "ssl",
+)
+_EMPTY = ("etc", "var", "home", "media", "mnt", "root", "run", "srv", "tmp")
 #: Images of this machine's own system, whatever their tag.
 _HOST = ("nikolaik/python-nodejs", "busybox", "debian", "python", "cifixer-test", "ci-fixer-sandbox")
 RUNNER_IMAGE = "cifixer-runner:test"
@@ -45,7 +58,8 @@ def image(name: str, knobs: Knobs) -> Json:
         raise PullError("InvalidImageName", words)
     kind = knobs.images.get(name) or _kind(name)
     if kind == "host":
-        binds = {d: f"/{d}" for d in _SYSTEM if os.path.lexists(f"/{d}")}
+        names = (*_SYSTEM, *(f"etc/{name}" for name in _ETC))
+        binds = {name: f"/{name}" for name in names if os.path.lexists(f"/{name}")}
         return {"binds": binds, "directories": [*_EMPTY]}
     if kind == "empty":
         return {"binds": {"runner": str(runner_binary())}, "directories": []}

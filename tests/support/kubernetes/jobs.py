@@ -48,6 +48,14 @@ def _over(pod: Json) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
+def _failed(pod: Json, job: Json) -> bool:
+    """A Pod that is deleted never gets there by itself: one that is pending has failed, and with the default policy any."""
+    phase, deleted = pod["status"].get("phase"), pod["metadata"].get("deletionTimestamp") is not None
+    if job["spec"]["podReplacementPolicy"] == "Failed":
+        return phase == "Failed" or (deleted and phase == "Pending")
+    return phase == "Failed" or (deleted and phase != "Succeeded")
+
+
 class JobController:
     """Each change of a Job, or of a Pod of it (batched, as the real one does), leads to a look at the Job."""
 
@@ -70,6 +78,9 @@ class JobController:
                         self._later(pod, 0, self._orphan, "orphan")
             else:
                 self._later(change.new, 0, self._sync)
+        elif change.kind is PODS and change.new is None:
+            if (job := self._job_of(change.item)) is not None:
+                self._later(job, 0, self._sync)
         elif change.kind is PODS and change.new is not None and TRACKING in (metadata.get("finalizers") or []):
             job = self._job_of(change.new)
             if job is None:
@@ -111,18 +122,18 @@ class JobController:
         if not is_finished(job):
             self._advance(job, status, pods)
         self._write(job, status)
+        over = condition({"status": status}, "FailureTarget") is not None or job["metadata"].get("deletionTimestamp")
         for pod in pods:
-            if _over(pod):
+            if over or _over(pod) or _failed(pod, job):
                 let_go(self._store, PODS, namespace, pod["metadata"]["name"], TRACKING)
 
     def _advance(self, job: Json, status: Json, pods: list[Json]) -> None:
         spec, now = job["spec"], self._store.now()
         status.setdefault("startTime", stamp(now))
         tracked = [p for p in pods if TRACKING in (p["metadata"].get("finalizers") or [])]
-        for field, phase in (("succeeded", "Succeeded"), ("failed", "Failed")):
-            count = status.get(field, 0) + sum(p["status"].get("phase") == phase for p in tracked)
-            if count:
-                status[field] = count
+        failed = [p for p in tracked if _failed(p, job)]
+        _add(status, "succeeded", sum(p["status"].get("phase") == "Succeeded" for p in tracked))
+        _add(status, "failed", len(failed))
         active = [p for p in pods if not _over(p) and not p["metadata"].get("deletionTimestamp")]
         ending = [p for p in pods if not _over(p) and p["metadata"].get("deletionTimestamp")]
         verdict = self._verdict(job, status)
@@ -131,6 +142,8 @@ class JobController:
             left = spec.get("completions", 1) - status.get("succeeded", 0)
             active += self._fill(job, status, min(spec["parallelism"], left) - len(active) - waiting)
         elif verdict is not None:
+            if verdict[0] == "FailureTarget" and condition({"status": status}, "FailureTarget") is None:
+                _add(status, "failed", sum(not _over(p) and p not in failed for p in tracked))
             self._end(job, active)
             ending, active = ending + active, []
             self._conclude(job, status, verdict, over=not any(not _over(p) for p in self._fresh(ending)))
@@ -222,3 +235,9 @@ class JobController:
     def _write(self, job: Json, status: Json) -> None:
         if status != job.get("status"):
             self._store.change(JOBS, job["metadata"]["namespace"], job["metadata"]["name"], lambda new: new.update(status=status))
+
+
+def _add(status: Json, field: str, count: int) -> None:
+    """A count of 0 is not shown."""
+    if count:
+        status[field] = status.get(field, 0) + count

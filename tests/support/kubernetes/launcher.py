@@ -62,6 +62,8 @@ class Launcher:
         message, descriptors, _, _ = socket.recv_fds(self._requests, MAX_MESSAGE_BYTES, 8)
         if not message:
             return False
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # a copy besides the standard ones would hold a stream open
         request = json.loads(message)
         try:
             if request["verb"] == "kill":

@@ -48,9 +48,9 @@ class Process:
 
 
 class Runtime:
-    """``whole_container``: an out-of-memory kill ends all of a container, as kubelets since 1.28 set it on cgroup v2."""
+    """``whole_container``: an out-of-memory kill ends all of a container, as kubelets since 1.28 set it on cgroup v2, also on version 1."""
 
-    def __init__(self, requests: socket.socket, *, name: str, one_user: bool, whole_container: bool = True) -> None:
+    def __init__(self, requests: socket.socket, *, name: str, one_user: bool, whole_container: bool = False) -> None:
         self._requests = requests
         self._requests.setblocking(False)
         self._name = name
@@ -186,13 +186,13 @@ class Runtime:
             answer.set_result(message["pid"])
 
     def _watch(self, process: Process) -> None:
-        """Where the kernel does not end all of a group with one of its members, this does."""
-        if self._cgroups is None or not self._whole_container:
+        """As the kubelet has it: on cgroup v2 the kernel ends all of a container with one of its processes, on version 1 that one."""
+        if self._cgroups is None:
             return
         if self._cgroups.version == 2:
             with suppress(OSError):
                 (process.groups[0] / "memory.oom.group").write_text("1")
-        else:
+        elif self._whole_container:
             task = asyncio.get_running_loop().create_task(self._end_together(process))
             self._guards.add(task)
             task.add_done_callback(self._guards.discard)

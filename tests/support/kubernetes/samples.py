@@ -28,7 +28,10 @@ def pod_spec(command: list[str] | None = None, **changes: Any) -> Json:
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
         "securityContext": {
-            **{"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "volumes": [{"name": "disk", "emptyDir": {"medium": "Memory", "sizeLimit": "32Mi"}}],

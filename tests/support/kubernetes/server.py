@@ -291,7 +291,8 @@ class ApiServer:
         """Nothing is read from any connection, so that not even a ping is answered."""
         self._cluster.faults.thawed.clear()
         for transport in self.connections:
-            transport.pause_reading()
+            if not transport.is_closing():
+                transport.pause_reading()
 
     def thaw(self) -> None:
         """It goes on where it was."""

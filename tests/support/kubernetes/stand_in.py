@@ -50,7 +50,7 @@ class StandIn:
         about = json.loads((directory / "about.json").read_text())
         return cls(directory, about["url"], about["one_user"], about["limited"], about["tls"])
 
-    def order(self, verb: str, **arguments: Any) -> Any:
+    def order(self, verb: str, /, **arguments: Any) -> Any:
         """See Control for the verbs. Raises RuntimeError."""
         connection = _Connection(self.directory / "control")
         try:
