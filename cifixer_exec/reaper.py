@@ -80,6 +80,7 @@ class Reaper:
             log.warning("reaped: sandbox %s is registered and gone: %s", sandbox_id, cause)
             await self._journal.close(sandbox_id, state="lost", cause=cause)
             self._count(GONE)
+            await self._clear_away(records[sandbox_id])
         return Reaped(destroyed=destroyed, closed=tuple(sorted(dead)), failed=failed)
 
     def _is_doomed(self, owned: Owned, record: SandboxRecord | None) -> bool:
@@ -112,6 +113,13 @@ class Reaper:
             destroyed.append(sandbox_id)
             self._count(EXPIRED if sandbox_id in records else UNKNOWN)
         return tuple(destroyed), tuple(failed)
+
+    async def _clear_away(self, record: SandboxRecord) -> None:
+        """What the platform keeps of the dead; what fails here, a later round does."""
+        try:
+            await asking(self._backend.destroy, SandboxHandle.from_json(record.handle or {}))
+        except BackendError as error:
+            log.warning("what is left of sandbox %s could not be removed: %s", record.sandbox_id, error)
 
     async def _dead(self, records: Iterable[SandboxRecord]) -> dict[str, str]:
         """Ready entries of this placement whose sandbox is gone, with the cause of its death."""

@@ -57,7 +57,7 @@ func nil2(f func()) []byte { f(); return nil }
 
 func TestNoDescriptorIsInherited(t *testing.T) {
 	a := serve(t).dial(1).run("ls /proc/self/fd | tr '\\n' ' '; cat /proc/self/oom_score_adj")
-	if got := string(a.output[0]); got != "0 1 2 3 500\n" {
+	if got := string(a.output[0]); got != "0 1 2 3 1000\n" {
 		t.Errorf("a command sees %q", got)
 	}
 }

@@ -19,7 +19,7 @@ const (
 	supervisorAllowance = 4 // and what is shared; only where there is a process limit
 	supervisorThreads   = 8 // three prewarmed ones, and what the Go runtime has anyway; seldom it makes one more
 	destroyLimit        = 5 * time.Second
-	leaderOOMScore      = "500" // a command should be the kernel's victim, not its supervisor
+	leaderOOMScore      = "1000" // a command is to be the kernel's victim and not the runner, which has up to 999 in a Pod
 )
 
 // supervision is one command: its process tree, from the start until nothing of it lives.

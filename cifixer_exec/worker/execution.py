@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 from cifixer_exec.backends.base import Backend
 from cifixer_exec.backends.threads import asking, creating
 from cifixer_exec.channel.connection import EpochStaleError
-from cifixer_exec.errors import BackendError, BackendUnavailableError, ExecutorError, OutcomeUnknownError, SandboxLostError, error_to_json
+from cifixer_exec.errors import (
+    BackendError,
+    BackendUnavailableError,
+    ExecutorError,
+    OutcomeUnknownError,
+    SandboxLostError,
+    SandboxStartError,
+    error_to_json,
+)
 from cifixer_exec.model import NEVER_BEGUN, Ended, OutputChunk, SandboxHandle, SandboxSpec, Status
 from cifixer_exec.operations import commands_from
 from cifixer_exec.queues import placement_queue
@@ -138,6 +146,8 @@ class Executor:
         try:
             hello = await self._ownership.add(taken, handle).channel.connect()
         except ExecutorError as error:
+            if isinstance(error, SandboxLostError):  # nothing can have run in it yet
+                error = SandboxStartError(f"it was lost before it was ready: {error}", error.code)
             await self._unmake(taken, handle, error)
             return
         handle = with_boot_id(handle, hello)

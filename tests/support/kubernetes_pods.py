@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.job import CONTAINER, STOP
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.stream import exec_in
+from cifixer_exec.backends.kubernetes.verdicts import is_running
 from tests.support.kubernetes_cluster import is_real, stand_in
+
+_GONE_S = 20.0
 
 
 def cluster_of(config: AppConfig) -> Cluster:
@@ -69,9 +73,16 @@ def _signal(config: AppConfig, sandbox_id: str, number: signal.Signals) -> None:
 
 
 def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Background") -> None:
-    """As ``kubectl delete job`` does it."""
+    """As ``kubectl delete job`` does it; with its Pod, until that has ended."""
     cluster, job = cluster_of(config), names_of(config).job(sandbox_id)
+    path = f"/api/v1/namespaces/{cluster.namespace}/pods"
     cluster.delete(f"/apis/batch/v1/namespaces/{cluster.namespace}/jobs/{job}", "deleting", {"propagationPolicy": propagation})
+    give_up = time.monotonic() + _GONE_S
+    while propagation == "Background" and time.monotonic() < give_up:  # until then it works on, and says so
+        pages = cluster.pages(path, "looking", selector=names_of(config).selector(sandbox_id))
+        if not any(is_running(pod) for page in pages for pod in page):
+            return
+        time.sleep(0.05)
 
 
 def delete_pod(config: AppConfig, sandbox_id: str, *, grace_s: int = 0) -> None:

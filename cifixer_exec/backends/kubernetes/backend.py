@@ -14,11 +14,11 @@ from typing import Any
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.kubernetes import death, rights
-from cifixer_exec.backends.kubernetes.cluster import METADATA_ONLY, Cluster, cluster_at
+from cifixer_exec.backends.kubernetes.cluster import METADATA_ONLY, Answer, Cluster, cluster_at
 from cifixer_exec.backends.kubernetes.credentials import Address
 from cifixer_exec.backends.kubernetes.job import BRIDGE, CONTAINER, KubernetesOptions, check_image, manifest
-from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over
-from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX, SANDBOX_ID, Names, annotations_of, runner_token
+from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over, owner_of
+from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, Names, annotations_of, runner_token
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, exec_in
 from cifixer_exec.backends.kubernetes.upload import open_channel
@@ -28,7 +28,11 @@ from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxL
 from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, SandboxSpec, check_id
 
 #: In a handle's data.
-JOB_UID, POD, POD_UID = "job_uid", "pod", "pod_uid"
+JOB_UID, POD, POD_UID, CLUSTER = "job_uid", "pod", "pod_uid", "cluster"
+
+
+#: Of a change that others' changes get in the way of.
+_TRIES = 3
 
 
 class KubernetesBackend(Backend):
@@ -86,6 +90,9 @@ class KubernetesBackend(Backend):
             details |= {"server": cluster.credentials.host, "placement": self.placement, "networks": ", ".join(self._options.networks)}
             if self._options.networks == ("cluster",):
                 details["networks_remedy"] = "kubectl apply -k k8s/sandboxes, and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
+            if not self._options.runner_image:
+                details["runner"] = "uploaded into each Pod, where commands could replace it"
+                details["runner_remedy"] = "set CIFIXER_KUBERNETES_RUNNER_IMAGE to an image that has it at /runner"
             if lacking := rights.missing(cluster):
                 mend = "kubectl apply -f k8s/rbac/k8s.yaml"
                 summary = f"the Kubernetes API does not let us: {', '.join(lacking)} in namespace {cluster.namespace!r}"
@@ -93,7 +100,11 @@ class KubernetesBackend(Backend):
             self._try_out()
         except ExecutorError as error:
             return Health(ok=False, summary=str(error), remedy=error.code, details=details)
-        return Health(ok=True, summary="the Kubernetes API takes sandboxes; none was started", details=details)
+        return Health(
+            ok=True,
+            summary="the Kubernetes API takes the Jobs of sandboxes; none was started, so image, quota and Pod Security were not tried",
+            details=details,
+        )
 
     def _try_out(self) -> None:
         spec = SandboxSpec(backend=self.name, sandbox_id="probe", lifetime_s=60)
@@ -121,6 +132,7 @@ class KubernetesBackend(Backend):
                 await asking(cluster.breaker.check)
             pod = str(handle.data.get(POD, "")) or await asking(self._pod_name, handle)
             for attempt in (1, 2):
+                refused = cluster.known_credentials
                 try:
                     if self._options.runner_image:
                         return await exec_in(cluster, pod=pod, container=CONTAINER, command=BRIDGE)
@@ -128,7 +140,7 @@ class KubernetesBackend(Backend):
                 except RefusedError as error:
                     if error.code != 401 or attempt > 1:
                         raise await self._no_exec(handle, error) from None
-                    cluster.log_in_again()
+                    await asking(cluster.log_in_again, refused)
                 except TimeoutError:
                     await self._check_there()
                     raise BackendUnavailableError(f"the Kubernetes API has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
@@ -171,9 +183,25 @@ class KubernetesBackend(Backend):
             self._cluster.breaker.heard(error)
 
     def destroy(self, handle: SandboxHandle) -> None:
-        self._jobs.remove(handle.sandbox_id)
+        self._check_cluster(handle)
+        job_uid = str(handle.data.get(JOB_UID, ""))
+        self._jobs.remove(handle.sandbox_id, job_uid=job_uid, pod_uid="" if job_uid else str(handle.data.get(POD_UID, "")))
+
+    def _check_cluster(self, handle: SandboxHandle) -> None:
+        """Two clusters under one Redis could have the same name of placement: what one does not find must not be lost for the other."""
+        there = handle.data.get(CLUSTER, self._fingerprint)
+        if there != self._fingerprint:
+            raise BackendUnavailableError(
+                f"sandbox {handle.sandbox_id!r} is in another cluster that has the same placement {self.placement!r}: "
+                "give each a name of its own by CIFIXER_KUBERNETES_CLUSTER, at its workers and clients"
+            )
+
+    @property
+    def _fingerprint(self) -> str:
+        return f"named {self._cluster_name}" if self._cluster_name else self._cluster.credentials.fingerprint
 
     def inspect(self, handle: SandboxHandle) -> Inspection:
+        self._check_cluster(handle)
         job, pod = self._jobs.find(handle.sandbox_id), self._pod(handle)
         if job is not None and job["metadata"]["uid"] != handle.data.get(JOB_UID, job["metadata"]["uid"]):
             job = None  # another one of its name
@@ -185,30 +213,36 @@ class KubernetesBackend(Backend):
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
         """The Job's deadline counts from its start by the API server's clock, so that ours does not matter."""
-        answer = self._jobs.ask(handle.sandbox_id)
-        job = answer.document if answer is not None else None
-        if answer is None or job is None or is_over(job) or job["metadata"]["uid"] != handle.data.get(JOB_UID, job["metadata"]["uid"]):
-            raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved")
-        began_s = _unix_time(str((job.get("status") or {}).get("startTime") or job["metadata"]["creationTimestamp"]))
+        for _ in range(_TRIES):
+            answer = self._jobs.ask(handle.sandbox_id)
+            uid = answer.document["metadata"]["uid"] if answer is not None else ""
+            if answer is None or is_over(answer.document) or uid != handle.data.get(JOB_UID, uid):
+                raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved")
+            if self._jobs.patch(handle.sandbox_id, self._deadline(answer, expires_at_s)) is not None:
+                return
+        raise BackendUnavailableError(f"the Job of sandbox {handle.sandbox_id!r} is changed by others all the time: try again")
+
+    def _deadline(self, answer: Answer, expires_at_s: float) -> dict[str, Any]:
+        """The changes of a Job, of this very one."""
+        metadata = answer.document["metadata"]
+        began_s = _unix_time(str((answer.document.get("status") or {}).get("startTime") or metadata["creationTimestamp"]))
         deadline_s = max(1, math.ceil(answer.at_s - began_s + expires_at_s - self._clock()))
-        changes = {
-            "metadata": {"annotations": {EXPIRES_AT: f"{expires_at_s:.3f}"}},
+        return {
+            "metadata": {"uid": metadata["uid"], "annotations": {EXPIRES_AT: f"{expires_at_s:.3f}"}},
             "spec": {"activeDeadlineSeconds": deadline_s},
         }
-        if self._jobs.patch(handle.sandbox_id, changes) is None:
-            raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} has just gone, so its lifetime cannot be moved")
 
     def list_owned(self) -> Iterable[Owned]:
         """By pages, as they are wanted."""
-        seals: set[str] = set()
+        jobs: set[str] = set()
         for page in self._cluster.pages(self._jobs.path, "listing its Jobs", selector=self._names.selector()):
             for job in page:
-                seals.add(str(job["metadata"]["labels"][SANDBOX]))
+                jobs.add(str(job["metadata"]["uid"]))
                 yield from self._owned(job, {JOB_UID: job["metadata"]["uid"]}, alive=not is_over(job) or None)
         pods = f"/api/v1/namespaces/{self._cluster.namespace}/pods"
         for page in self._cluster.pages(pods, "listing its Pods", selector=self._names.selector(), accept=METADATA_ONLY):
             for pod in page:
-                if pod["metadata"]["labels"][SANDBOX] not in seals and not pod["metadata"].get("deletionTimestamp"):
+                if owner_of(pod) not in jobs and not pod["metadata"].get("deletionTimestamp"):
                     # Its Job was deleted without it.
                     yield from self._owned(pod, {POD: pod["metadata"]["name"], POD_UID: pod["metadata"]["uid"]}, alive=None)
 
@@ -222,6 +256,7 @@ class KubernetesBackend(Backend):
         yield Owned(handle=handle, created_at_s=created_s, expires_at_s=expires_s, alive=alive)
 
     def _handle(self, sandbox_id: str, data: dict[str, str]) -> SandboxHandle:
+        data = {**data, CLUSTER: self._fingerprint}
         return SandboxHandle(backend=self.name, sandbox_id=sandbox_id, placement=self.placement, data=data)
 
     @property

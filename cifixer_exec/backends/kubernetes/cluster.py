@@ -29,6 +29,8 @@ CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 3.05, 20.0
 PROBE_TIMEOUT_S = 5.0
 #: A request that finds no answer, or "not now", is sent again so often, after pauses of up to these lengths.
 PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+#: With all of that, nobody is kept waiting for longer than this and one more time-out.
+PATIENCE_S = 30.0
 #: Longer than this no Retry-After is waited for.
 MOST_PAUSE_S = 10.0
 PAGE_SIZE = 500
@@ -68,6 +70,11 @@ class Cluster:
     def credentials(self) -> Credentials:
         """Raises BackendUnavailableError when there are none."""
         return self._connected()[0]
+
+    @property
+    def known_credentials(self) -> Credentials | None:
+        """Those in use, for :meth:`log_in_again`; nothing is loaded."""
+        return self._credentials
 
     @property
     def namespace(self) -> str:
@@ -118,6 +125,8 @@ class Cluster:
         response = self._patiently(doing, lambda: self._send(method, path, query=query, body=body, headers=headers))
         try:
             document = json.loads(response.read() or b"{}")
+            if not isinstance(document, dict):
+                raise ValueError(f"it answered with a {type(document).__name__}")  # noqa: TRY004  # as what cannot be read
         except (*NO_ANSWER, ValueError) as error:
             self.breaker.failed(str(error))
             raise translate(error, doing) from None
@@ -168,10 +177,11 @@ class Cluster:
         except NO_ANSWER as error:
             raise translate(error, doing) from None
 
-    def log_in_again(self) -> None:
-        """Load the credentials anew: a token was refused, and a newer one may be there."""
+    def log_in_again(self, refused: Credentials | None) -> None:
+        """Load the credentials anew, unless somebody has: a token was refused, and a newer one may be there. Blocks."""
         with self._making:
-            self._credentials, self._rest = None, None
+            if self._credentials is refused:
+                self._credentials, self._rest = None, None
 
     def _found(self, doing: str, asked: Callable[[], Answer]) -> Answer | None:
         try:
@@ -189,25 +199,26 @@ class Cluster:
             raise translate(error, doing) from None
 
     def _patiently(self, doing: str, send: Callable[[], Any]) -> Any:
-        logged_in_again = False
+        logged_in_again, give_up_s = False, time.monotonic() + PATIENCE_S
         pauses = iter(PAUSES_S)
         while True:
             self.breaker.check()
+            refused = self._credentials
             try:
                 response = send()
             except RefusedError as error:
                 if error.code == 401 and not logged_in_again:
                     logged_in_again = True
-                    self.log_in_again()
+                    self.log_in_again(refused)
                     continue
                 self._note(error)
-                pause_s = next(pauses, None) if error.code in LATER else None
+                pause_s = next(pauses, None) if error.code in LATER and time.monotonic() < give_up_s else None
                 if pause_s is None:
                     raise (translate(error, doing) if error.code in LATER else error) from None
                 self._sleep(min(MOST_PAUSE_S, max(error.retry_after_s or 0.0, pause_s * self._jitter())))
             except NO_ANSWER as error:
                 self.breaker.failed(str(error))
-                if (pause_s := next(pauses, None)) is None:
+                if (pause_s := next(pauses, None)) is None or time.monotonic() > give_up_s:
                     raise translate(error, doing) from None
                 self._sleep(pause_s * self._jitter())
             else:
@@ -215,11 +226,11 @@ class Cluster:
                 return response
 
     def _note(self, error: RefusedError) -> None:
-        """A refusal is an answer; only a server that cannot serve counts as none."""
-        if error.code >= 500:
-            self.breaker.failed(error.message)
-        else:
+        """A refusal is an answer, also that of a broken webhook; only a server that cannot serve counts as none."""
+        if error.is_answer:
             self.breaker.succeeded()
+        else:
+            self.breaker.failed(error.message)
 
     def _send(
         self,
@@ -235,7 +246,7 @@ class Cluster:
         url = f"{credentials.host}{path}" + (f"?{urlencode(query)}" if query else "")
         sent = {**credentials.headers(), "User-Agent": "cifixer-exec", **(headers or {})}
         response = rest.request(method, url, headers=sent, body=body, _request_timeout=timeout_s)
-        if response.status >= 400:
+        if response.status >= 300:  # an API server redirects nobody
             raise refusal(response.status, response.headers, bytes(response.read() or b""))
         return response
 

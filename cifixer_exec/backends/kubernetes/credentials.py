@@ -6,8 +6,10 @@ use what it has found.
 
 from __future__ import annotations
 
+import hashlib
 import ssl
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from kubernetes import config as loading
 from kubernetes.client.configuration import Configuration
+from kubernetes.client.rest import should_bypass_proxies
 from kubernetes.config.config_exception import ConfigException
 
 from cifixer_exec.errors import BackendUnavailableError
@@ -51,6 +54,20 @@ class Credentials:
     @property
     def host(self) -> str:
         return str(self.configuration.host).rstrip("/")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this cluster from others: its certificate authority, else the address of its API server."""
+        with suppress(OSError):
+            if self.configuration.ssl_ca_cert:
+                return hashlib.sha256(Path(self.configuration.ssl_ca_cert).read_bytes().strip()).hexdigest()[:12]
+        return hashlib.sha256(self.host.encode()).hexdigest()[:12]
+
+    @property
+    def proxy(self) -> str | None:
+        """For a connection of our own; None for none."""
+        made = self.configuration
+        return made.proxy if made.proxy and not should_bypass_proxies(self.host, made.no_proxy or "") else None
 
     def headers(self) -> dict[str, str]:
         """With a token that is renewed where it has an end. May start a program (exec plugins) or read a file."""

@@ -38,6 +38,9 @@ DEFAULT_CPUS, DEFAULT_MEMORY_BYTES, DEFAULT_MAX_PROCESSES = 1.0, 2048 * MIB, 512
 MOST_DISK_BYTES = 4096 * MIB
 MAX_OPEN_FILES, MAX_COMMANDS = 65_536, 64
 TTL_AFTER_FINISHED_S = 300
+NODE_LOST_S = 60
+#: Of a disk on the node: more, and the kubelet evicts the Pod, some time later.
+NODE_DISK_BYTES = 16 * 1024 * MIB
 _RUNNER_BYTES = 32 * MIB
 #: Browsers and the like want more than the 64 MiB that container engines give.
 _SHM_BYTES = 256 * MIB
@@ -150,6 +153,7 @@ def _pod(spec: SandboxSpec, uid: int, options: KubernetesOptions) -> dict[str, A
         },
         "serviceAccountName": options.service_account,
         "terminationGracePeriodSeconds": options.grace_s,
+        "tolerations": [_gone_after(condition) for condition in ("not-ready", "unreachable")],
         "volumes": _volumes(spec, memory_bytes, options),
     }
     if options.runner_image:
@@ -158,6 +162,11 @@ def _pod(spec: SandboxSpec, uid: int, options: KubernetesOptions) -> dict[str, A
         pod |= {"dnsPolicy": "None", "dnsConfig": {"nameservers": [_NO_NAMESERVER]}}
     named_by_options = {"runtimeClassName": options.runtime_class, "priorityClassName": options.priority_class}
     return {**pod, **{name: value for name, value in named_by_options.items() if value}}
+
+
+def _gone_after(condition: str) -> dict[str, Any]:
+    """A node that is lost takes its sandboxes along after a minute; the cluster's default is five."""
+    return {"key": f"node.kubernetes.io/{condition}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_LOST_S}
 
 
 def _container(spec: SandboxSpec, resources: dict[str, Any], options: KubernetesOptions) -> dict[str, Any]:
@@ -173,7 +182,9 @@ def _container(spec: SandboxSpec, resources: dict[str, Any], options: Kubernetes
         "resources": resources,
         "securityContext": _hardened(read_only=not options.writable_root),
         "volumeMounts": _mounts(options),
-        "workingDir": "/",
+        # A file of the node's disk without a limit, which may not be left out: where only root comes.
+        "terminationMessagePath": "/root/termination-log",
+        "workingDir": WORKSPACE,
     }
 
 
@@ -225,7 +236,9 @@ def _milli(cpus: float) -> str:
 def _volumes(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -> list[dict[str, Any]]:
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
     spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
-    disk: dict[str, Any] = {"medium": "Memory", "sizeLimit": str(size)} if options.disk == "memory" else {}
+    disk: dict[str, Any] = {"medium": "Memory", "sizeLimit": str(size)}
+    if options.disk == "node":
+        disk = {"sizeLimit": str(NODE_DISK_BYTES)}
     volumes = [
         {"name": "disk", "emptyDir": disk},
         {"name": "cifixer", "emptyDir": {"medium": "Memory", "sizeLimit": str(spool + _RUNNER_BYTES)}},

@@ -72,7 +72,7 @@ class Jobs:
         try:
             return self.cluster.ask("POST", self.path, doing, query={"dryRun": "All"} if dry_run else None, body=manifest).document
         except RefusedError as error:
-            if error.code == 409 and error.reason == "AlreadyExists":
+            if error.code == 409:  # it is there, or its namespace or quota has just been changed by somebody else
                 return None
             raise translate(error, doing) from None
 
@@ -116,41 +116,49 @@ class Jobs:
                 self._check_ours(found.document, sandbox_id)
                 if not is_over(found.document):
                     return found.document
-                self.remove(sandbox_id)
+                self.remove(sandbox_id, job_uid=str(found.document["metadata"]["uid"]))
             if time.monotonic() > give_up_s:
-                raise SandboxStartError(
-                    f"a former Job of sandbox {sandbox_id!r} is still being deleted: try again, or take another sandbox id"
-                )
+                raise SandboxStartError(f"the Job of sandbox {sandbox_id!r} cannot be made just now, a former one may be going: try again")
+            time.sleep(LOOK_S)
 
     def _check_ours(self, found: Mapping[str, Any], sandbox_id: str) -> None:
         if not self.names.has(found, sandbox_id):
             mend = "delete or rename it, or take another sandbox id"
             raise SandboxStartError(f"the Job {self.names.job(sandbox_id)!r} is there and not one of ours: {mend}", mend)
 
-    def remove(self, sandbox_id: str) -> None:
-        """Delete the Job with its Pods, and wait until they have gone. What is gone already is *not* an error.
+    def remove(self, sandbox_id: str, *, job_uid: str = "", pod_uid: str = "") -> None:
+        """Delete the Job of that uid with its Pods, or a Pod whose Job is gone; without a uid, what there is now. Wait until it has ended.
+
+        What is gone already is *not* an error, and what another has made under the same name since is left alone.
 
         Raises:
             BackendError: it may still be there.
         """
-        job = self.find(sandbox_id)
-        if job is not None:
+        doomed = [p for p in self.pods(sandbox_id) if not (job_uid or pod_uid) or job_uid == owner_of(p) or pod_uid == p["metadata"]["uid"]]
+        job = self.find(sandbox_id)  # behind the Pods: those that were there before it have no Job any more if there is none now
+        if job is not None and job["metadata"]["uid"] == (job_uid or job["metadata"]["uid"]) and not pod_uid:
+            job_uid = str(job["metadata"]["uid"])
             self._delete(f"{self.path}/{self.names.job(sandbox_id)}", job)
-        # By ourselves too: the garbage collector comes a moment later, and never to Pods whose Job was deleted without them.
-        self._remove_pods(sandbox_id)
+            doomed = [p for p in doomed if owner_of(p) == job_uid]
+        self._remove_pods(sandbox_id, job_uid, doomed)
 
-    def _remove_pods(self, sandbox_id: str) -> None:
+    def _remove_pods(self, sandbox_id: str, job_uid: str, doomed: list[dict[str, Any]]) -> None:
+        """By ourselves too: the garbage collector comes a moment later, and never to Pods whose Job was deleted without them."""
         pause_s, give_up_s = LOOK_S, time.monotonic() + self.options.grace_s + DELETE_SLACK_S
         asked: set[str] = set()
-        while pods := [pod for pod in self.pods(sandbox_id) if not _is_settled(pod)]:
+        pods = doomed
+        while pods:
             for pod in pods:
                 if pod["metadata"]["uid"] not in asked and not pod["metadata"].get("deletionTimestamp"):
-                    asked.add(pod["metadata"]["uid"])
+                    asked.add(str(pod["metadata"]["uid"]))
                     self._delete(f"{self._pods}/{pod['metadata']['name']}", pod)
             if time.monotonic() > give_up_s:
                 raise BackendError(f"the Pod of sandbox {sandbox_id!r} is still being deleted; its node may not answer: destroy it again")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_LOOK_S)
+            uids = asked | {str(pod["metadata"]["uid"]) for pod in doomed}
+            found = [p for p in self.pods(sandbox_id) if p["metadata"]["uid"] in uids or (job_uid and owner_of(p) == job_uid)]
+            pods = [p for p in found if not _is_settled(p)]
 
     def _delete(self, path: str, found: Mapping[str, Any]) -> None:
         """By its uid, so that a namesake is never hit; with what belongs to it, because a Job's Pods stay by default."""
@@ -160,11 +168,9 @@ class Jobs:
         self.cluster.delete(path, f"deleting {path.rpartition('/')[2]!r}", options)
 
     def _undo(self, sandbox_id: str, job_uid: str) -> None:
-        """Delete what could not be started, unless another has begun anew; what fails here, the reaper does."""
+        """Delete what could not be started; what fails here, the reaper does."""
         with suppress(ExecutorError):
-            job = self.find(sandbox_id)
-            if job is None or job["metadata"]["uid"] == job_uid:
-                self.remove(sandbox_id)
+            self.remove(sandbox_id, job_uid=job_uid)
 
     @property
     def _pods(self) -> str:
@@ -174,9 +180,7 @@ class Jobs:
 def is_over(job: Mapping[str, Any]) -> bool:
     """Whether nothing runs in it any more, or is about to be ended."""
     conditions = (job.get("status") or {}).get("conditions") or []
-    ended = any(
-        c.get("type") in ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet") and c.get("status") == "True" for c in conditions
-    )
+    ended = any(c.get("type") in _ENDS and c.get("status") == "True" for c in conditions)
     return ended or bool(job["metadata"].get("deletionTimestamp"))
 
 

@@ -25,7 +25,7 @@ _BY_STATUS: dict[int, type[ExecutorError]] = {
     403: BackendUnavailableError,
     404: SandboxLostError,
     422: InvalidRequestError,
-    429: CapacityError,
+    429: BackendUnavailableError,
 }
 _RIGHTS = "grant it: kubectl apply -f k8s/rbac/k8s.yaml (k8s/README.md explains each right), and check CIFIXER_KUBERNETES_NAMESPACE"
 #: What is wrong on the way: (what the text has, what to do).
@@ -46,6 +46,8 @@ class RefusedError(Exception):
         self.reason = str(status.get("reason") or "")
         self.message = str(status.get("message") or f"status {code}")
         self.retry_after_s = retry_after_s
+        #: Whether the API server itself has said it, and no proxy on the way: then it is there.
+        self.is_answer = code < 500 or (code == 500 and bool(status.get("reason")))
 
     def __str__(self) -> str:
         return self.message

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from cifixer_exec.backends.kubernetes import death
@@ -17,8 +18,8 @@ from cifixer_exec.errors import BackendUnavailableError, CapacityError, Executor
 WATCHES_S = (1, 2, 3, 5)
 #: What may mend itself has so long to do it.
 MEND_S = 15.0
-#: So long a container may be in the making before its events are told with what else is said.
-SLOW_S = 10.0
+#: No two watches are nearer to each other.
+LEAST_WATCH_S = 0.5
 _LAST_EVENTS = 5
 
 
@@ -26,7 +27,7 @@ class PassingError(SandboxStartError):
     """Another try may fare better: the Pod was ended by the cluster and not by what is in it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
     """The way of one Job to its running Pod."""
 
@@ -35,6 +36,10 @@ class Start:
     sandbox_id: str
     job_uid: str
     clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    _last: Verdict = field(default_factory=Verdict)
+    _pod: dict[str, Any] = field(default_factory=dict)
+    _mending_since_s: float = 0.0
 
     def running(self, deadline_s: float) -> dict[str, Any]:
         """The Pod when its container runs. ``deadline_s``: of :attr:`clock`.
@@ -42,26 +47,40 @@ class Start:
         Raises:
             PassingError: see there.
             SandboxStartError, CapacityError: it does not run, and why.
-            BackendUnavailableError: the cluster does not answer.
+            BackendUnavailableError: the cluster has not answered until then.
         """
-        last, mending_since_s, pieces = Verdict(), 0.0, 0
-        while True:
+        for pieces in count():
+            began_s = self.clock()
             watch_s = WATCHES_S[min(pieces, len(WATCHES_S) - 1)]
-            pieces += 1
-            pod: dict[str, Any] = {}
-            for pod in self._states(max(1, min(watch_s, int(deadline_s - self.clock())))):
-                last = verdict(pod)
-                if last.running:
-                    return pod
-                if last.final:
-                    raise self._failed(last, pod)
-                mending_since_s = (mending_since_s or self.clock()) if last.soon else 0.0
-            if mending_since_s and self.clock() - mending_since_s > MEND_S:
-                raise self._failed(last, pod)
-            if not pod:
-                self._check_job()
+            try:
+                if self._runs_within(max(1, min(watch_s, int(deadline_s - began_s)))):
+                    return self._pod
+            except BackendUnavailableError:  # the cluster may go on with it meanwhile
+                if self.clock() > deadline_s:
+                    raise
             if self.clock() > deadline_s:
-                raise self._late(last, pod)
+                raise self._late(self._last, self._pod)
+            if self.clock() - began_s < LEAST_WATCH_S:
+                self.sleep(LEAST_WATCH_S)  # something on the way ends watches at once
+        raise AssertionError  # the counting has no end
+
+    def _runs_within(self, watch_s: int) -> bool:
+        """Whether it runs; whatever else there is to say about it is raised, or kept."""
+        seen = False
+        for pod in self._states(watch_s):
+            self._pod, seen = pod, True
+            self._judge(verdict(self._pod))
+            if self._last.running:
+                return True
+        if not seen:
+            self._judge(self._verdict_of_job())
+        return False
+
+    def _judge(self, now: Verdict) -> None:
+        self._last = now
+        self._mending_since_s = (self._mending_since_s or self.clock()) if now.soon else 0.0
+        if now.final or (now.soon and self.clock() - self._mending_since_s > MEND_S):
+            raise self._failed(now, self._pod)
 
     def _states(self, watch_s: int) -> Any:
         """The Pod of the Job as it changes; another Job's of the same name may still be going."""
@@ -77,7 +96,7 @@ class Start:
     def _doing(self) -> str:
         return f"waiting for the Pod of sandbox {self.sandbox_id!r}"
 
-    def _check_job(self) -> None:
+    def _verdict_of_job(self) -> Verdict:
         """Quotas, Pod Security and webhooks refuse the Pod while the Job is accepted: then the Job's events have the words."""
         path = f"/apis/batch/v1/namespaces/{self.cluster.namespace}/jobs/{self.names.job(self.sandbox_id)}"
         answer = self.cluster.get(path, self._doing)
@@ -86,15 +105,19 @@ class Start:
         for condition in (answer.document.get("status") or {}).get("conditions") or []:
             if condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True":
                 raise SandboxStartError(f"its Job failed before it ran: {condition.get('reason')}: {condition.get('message')}")
-        said = [e for e in self._events(self.job_uid) if e.get("reason") == "FailedCreate"]
-        if said:
-            words = str(said[-1].get("message") or "")
-            kind = CapacityError if "exceeded quota" in words else SandboxStartError
-            raise kind(f"the cluster does not let its Pod be: {words}")
+        said = [str(e.get("message") or "") for e in self._events(self.job_uid) if e.get("reason") == "FailedCreate"]
+        if not said:
+            return Verdict()
+        words = f"the cluster does not let its Pod be: {said[-1]}"
+        if "exceeded quota" in words:
+            raise CapacityError(words)
+        if "forbidden" in words and "cannot be fulfilled" not in words:
+            raise SandboxStartError(words)
+        return Verdict(soon=True, why=words)  # a webhook that did not answer, a quota that was just being changed: the Job tries again
 
     def _failed(self, why: Verdict, pod: dict[str, Any]) -> ExecutorError:
         kind = PassingError if why.passing else SandboxStartError
-        said = death.last_words(self.cluster, pod["metadata"]["name"], why.ended) if why.ended else ""
+        said = death.last_words(self.cluster, str(pod["metadata"]["name"]), why.ended) if why.ended else ""
         more = f": {said}" if said else self._seen(pod)
         return kind(f"its Pod does not start: {why.why}" + (f": {why.remedy}" if why.remedy else more), why.remedy)
 
@@ -112,7 +135,8 @@ class Start:
             events = self._events(str(pod["metadata"]["uid"]))
         except BackendUnavailableError:
             return ""
-        told = [f"{e.get('reason')}: {e.get('message')}" for e in events if e.get("type") == "Warning"][-_LAST_EVENTS:]
+        warnings = [e for e in events if e.get("type") == "Warning" and e.get("reason") != "FailedScheduling"]  # the Pod says that itself
+        told = [f"{e.get('reason')}: {e.get('message')}" for e in warnings[-_LAST_EVENTS:]]
         return f" (its events: {'; '.join(told)})" if told else ""
 
     def _events(self, uid: str) -> list[dict[str, Any]]:

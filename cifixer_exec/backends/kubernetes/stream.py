@@ -179,7 +179,7 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
     headers = await asking(credentials.headers)
     # Without standard input some runtimes end an exec at once (https://github.com/kata-containers/kata-containers/issues/13640).
     query = [("container", container), ("stdin", "true"), ("stdout", "true"), ("stderr", "true"), *(("command", a) for a in command)]
-    path = f"/api/v1/namespaces/{quote(cluster.namespace)}/pods/{quote(pod)}/exec"
+    path = f"/api/v1/namespaces/{quote(credentials.namespace)}/pods/{quote(pod)}/exec"
     session = aiohttp.ClientSession(auto_decompress=False)
     try:
         async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -189,7 +189,8 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
                 headers=headers,
                 ssl=credentials.ssl_context or True,
                 server_hostname=credentials.configuration.tls_server_name or None,
-                proxy=credentials.configuration.proxy or None,
+                proxy=credentials.proxy,
+                proxy_headers=credentials.configuration.proxy_headers,
                 max_msg_size=0,
                 compress=0,
             )

@@ -24,6 +24,15 @@ _KEYS = {
     "volumeMounts": "mountPath",
     "hostAliases": "ip",
 }
+#: What we work with ourselves; the rest is for the API server to judge.
+_SHAPES: tuple[tuple[str, str, type[dict[str, Any] | list[Any]]], ...] = (
+    ("metadata", "labels", dict),
+    ("metadata", "annotations", dict),
+    ("spec", "containers", list),
+    ("spec", "initContainers", list),
+    ("spec", "volumes", list),
+    ("spec", "securityContext", dict),
+)
 _SHAPE = "give a Pod template: an object with metadata and spec, as under spec.template of a Job"
 
 
@@ -46,6 +55,10 @@ def read(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict) or not set(found) <= {"metadata", "spec"} or not all(isinstance(v, dict) for v in found.values()):
         raise InvalidRequestError(f"{what} is no Pod template: {_SHAPE}")
+    for part, name, kind in _SHAPES:
+        value = found.get(part, {}).get(name, kind())
+        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(member, dict) for member in value)):
+            raise InvalidRequestError(f"{what} has a {part}.{name} that is no {'list of objects' if kind is list else 'object'}: {_SHAPE}")
     return found
 
 

@@ -29,7 +29,7 @@ _MAY_PASS = {
     "RegistryUnavailable": "check that the node reaches the registry",
 }
 #: A registry has said so: no second try will give it.
-_REFUSED = ("not found", "unauthorized", "denied", "authorization failed", "manifest unknown", "does not exist", "no such host")
+_REFUSED = ("not found", "unauthorized", "denied", "authorization failed", "manifest unknown", "does not exist", "invalid reference format")
 
 
 @dataclass(frozen=True, kw_only=True)
