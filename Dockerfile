@@ -18,7 +18,14 @@ COPY pyproject.toml README.md LICENSE celeryconfig.py ./
 COPY runner runner
 COPY cifixer_exec cifixer_exec
 RUN /build/bin/pip wheel --quiet --no-build-isolation --no-deps -w /wheels . \
- && /build/bin/pip --python /opt/cifixer/bin/python install --quiet --no-deps /wheels/*.whl
+ && /build/bin/pip --python /opt/cifixer/bin/python install --quiet --no-deps /wheels/*.whl \
+ && cp "$(/opt/cifixer/bin/python -c 'from cifixer_exec.backends.runner import runner_path; print(runner_path())')" /runner
+
+# Only the runner, for the init container of Kubernetes sandboxes: docker build --target runner -t cifixer-exec-runner:0.1.0 .
+FROM scratch AS runner
+COPY --from=build /runner /runner
+USER 10001:10001
+ENTRYPOINT ["/runner"]
 
 FROM ${PYTHON_IMAGE}
 ARG PACKAGES=""
@@ -28,6 +35,8 @@ RUN if [ -n "$PACKAGES" ]; then \
  && groupadd --gid 10001 cifixer \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin cifixer
 COPY --from=build /opt/cifixer /opt/cifixer
+# The same image does as CIFIXER_KUBERNETES_RUNNER_IMAGE, too.
+COPY --from=build /runner /runner
 ENV PATH=/opt/cifixer/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 LABEL org.opencontainers.image.title="cifixer-exec" \
       org.opencontainers.image.description="Durable sandboxes for untrusted commands, behind a Celery queue" \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,13 @@ from cifixer_exec.backends.registry import find_bwrap, make_backend
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.model import SandboxSpec
 from tests.chaos.report import Report
+from tests.support import kubernetes_bystanders
 from tests.support.contract_stack import ContractSession, processes_mentioning
 from tests.support.docker_bystanders import Bystanders
 from tests.support.docker_events import ContainerEvents
+from tests.support.kubernetes_cluster import is_real, stand_in
+
+_SETTLE_S = 10.0
 
 
 class Platform(Protocol):
@@ -30,7 +35,8 @@ class Platform(Protocol):
 
 def watch_platform(session: ContractSession, config: AppConfig) -> Platform:
     """The one of ``config``'s backend."""
-    return (DockerDaemon if config.execution_backend == "docker_local" else LocalHost)(session, config)
+    kinds: dict[str, Callable[[ContractSession, AppConfig], Platform]] = {"docker_local": DockerDaemon, "kubernetes": KubernetesCluster}
+    return kinds.get(config.execution_backend, LocalHost)(session, config)
 
 
 class LocalHost:
@@ -94,6 +100,41 @@ class DockerDaemon:
         report.findings += [f"container {c[:12]} was made and never destroyed" for c in events.created - events.destroyed]
         for container in events.created:
             report.findings += [f"process of container {container[:12]}: {p}" for p in processes_mentioning(container)]
+
+
+class KubernetesCluster:
+    """No Job, Pod, process or mount; nothing asked for that is not there or not allowed; and the Jobs of others are as they were."""
+
+    def __init__(self, session: ContractSession, config: AppConfig) -> None:
+        self._session = session
+        self._config = config
+        self._bystanders = kubernetes_bystanders.Bystanders(config)
+        self._harmed: list[str] = []
+
+    def close(self) -> None:
+        """The bystanders go; what became of them is kept."""
+        self._harmed = self._bystanders.harmed()
+        self._bystanders.remove()
+
+    def check(self, report: Report) -> None:
+        """As the class says."""
+        report.findings += _listed(self._config) + self._session.leftovers() + self._harmed
+        if is_real():
+            return
+        asked = stand_in().order("asked")
+        report.platform.update({what: count for what, count in asked["requests"].items() if what.endswith((" jobs", " pods/exec"))})
+        report.findings += [f"the API server was asked for what it has not: {what}" for what in asked["unknown"]]
+        report.findings += [f"{kind} left in the stand-in: {one}" for kind, ones in self._settled().items() for one in ones]
+
+    def _settled(self) -> dict[str, list[str]]:
+        """What is left when kubelet and garbage collector had a moment; the zygote of its Pods stays."""
+        give_up = time.monotonic() + _SETTLE_S
+        while time.monotonic() < give_up:
+            left: dict[str, list[str]] = {k: [str(v) for v in stand_in().order("left")[k]] for k in ("jobs", "pods", "mounts", "groups")}
+            if not any(left.values()):
+                break
+            time.sleep(0.2)
+        return left
 
 
 def _listed(config: AppConfig) -> list[str]:

@@ -11,6 +11,7 @@ from tests.chaos.engine import run_chaos
 from tests.chaos.plan import Options
 from tests.chaos.report import Report
 from tests.support.contract_stack import on_present_backend
+from tests.support.kubernetes_cluster import is_real
 
 _FEW = 8
 #: What differs with containers is what a worker does with them; the rest has its minute on the other backend.
@@ -34,6 +35,14 @@ def test_a_minute_of_faults_loses_and_doubles_nothing(backend: str, tmp_path: Pa
     assert report.commands >= 5 * _FEW
     if backend == "docker_local":
         _check_containers(report)
+    if backend == "kubernetes" and not is_real():
+        _check_jobs(report)
+
+
+def _check_jobs(report: Report) -> None:
+    """The API server saw it all, by way of rights that the Role grants."""
+    assert report.platform["delete jobs"] >= report.sandboxes > 0
+    assert report.platform["create jobs"] > report.sandboxes / 2
 
 
 def _check_containers(report: Report) -> None:
