@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ KUBECONFIG = "CIFIXER_TEST_KUBECONFIG"
 NAMESPACE = "CIFIXER_TEST_KUBERNETES_NAMESPACE"
 #: Of sandboxes, and of the runner; without the latter it is uploaded.
 IMAGE, RUNNER = "CIFIXER_TEST_KUBERNETES_IMAGE", "CIFIXER_TEST_KUBERNETES_RUNNER_IMAGE"
-_WORKER = "system:serviceaccount:ci-fixer:ci-fixer-worker"
+WORKER = "system:serviceaccount:ci-fixer:ci-fixer-worker"
 _RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
@@ -35,11 +36,7 @@ def cluster_settings() -> dict[str, Any]:
     """Members of an AppConfig. Raises NoClusterError."""
     namespace = os.environ.get(NAMESPACE, "ci-fixer-sandboxes")
     if not is_real():
-        return {
-            "kubernetes_kubeconfig": str(stand_in().user(_WORKER, role_rules(), namespace=namespace)),
-            "kubernetes_namespace": namespace,
-            "kubernetes_runner_image": RUNNER_IMAGE,
-        }
+        return settings_on(stand_in())
     image = {"image": os.environ[IMAGE]} if os.environ.get(IMAGE) else {}
     return {
         "kubernetes_kubeconfig": os.environ[KUBECONFIG],
@@ -51,15 +48,26 @@ def cluster_settings() -> dict[str, Any]:
 
 @cache
 def stand_in() -> StandIn:
-    """The one of this process, with the namespace that sandboxes are in; it ends with the process. Raises NoClusterError."""
+    """The one of this process, which ends with it. Raises NoClusterError."""
     own = OwnStandIn(tls=True)
     try:
         cluster = own.__enter__()
     except NotHereError as error:
         raise NoClusterError(str(error)) from None
     atexit.register(own.close)
-    cluster.namespace("ci-fixer-sandboxes", labels=_RESTRICTED, accounts=("ci-fixer-sandbox",))
     return cluster
+
+
+def settings_on(cluster: StandIn) -> dict[str, Any]:
+    """On a stand-in: its namespace for sandboxes, where Pods are restricted, and a user with what the Role grants and no more."""
+    namespace = "ci-fixer-sandboxes"
+    with suppress(RuntimeError):  # it is there
+        cluster.namespace(namespace, labels=_RESTRICTED, accounts=("ci-fixer-sandbox",))
+    return {
+        "kubernetes_kubeconfig": str(cluster.user(WORKER, role_rules(), namespace=namespace)),
+        "kubernetes_namespace": namespace,
+        "kubernetes_runner_image": RUNNER_IMAGE,
+    }
 
 
 def role_rules() -> list[dict[str, Any]]:

@@ -72,20 +72,38 @@ def _signal(config: AppConfig, sandbox_id: str, number: signal.Signals) -> None:
     stand_in().order("kill", namespace=pod["namespace"], pod=pod["name"], container=CONTAINER, number=int(number))
 
 
+def disrupt(config: AppConfig, sandbox_id: str, *, what: str) -> None:
+    """What a node or the scheduler does, as the stand-in names it. Skips on a real cluster, which does it when it wants to."""
+    if is_real():
+        pytest.skip("only the cluster itself does that")
+    pod = pod_of(config, sandbox_id)["metadata"]
+    container = {"container": CONTAINER} if what == "kill" else {}
+    stand_in().order(what, namespace=pod["namespace"], pod=pod["name"], **container)
+    if what != "lose_node":  # whose Pod is said to run for ever
+        wait_ended(config, sandbox_id)
+
+
 def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Background") -> None:
     """As ``kubectl delete job`` does it; with its Pod, until that has ended."""
     cluster, job = cluster_of(config), names_of(config).job(sandbox_id)
-    path = f"/api/v1/namespaces/{cluster.namespace}/pods"
     cluster.delete(f"/apis/batch/v1/namespaces/{cluster.namespace}/jobs/{job}", "deleting", {"propagationPolicy": propagation})
-    give_up = time.monotonic() + _GONE_S
-    while propagation == "Background" and time.monotonic() < give_up:  # until then it works on, and says so
+    if propagation == "Background":
+        wait_ended(config, sandbox_id)
+
+
+def wait_ended(config: AppConfig, sandbox_id: str) -> None:
+    """Until nothing of it runs any more, by its status: before, it works on, and says so."""
+    cluster = cluster_of(config)
+    path, give_up = f"/api/v1/namespaces/{cluster.namespace}/pods", time.monotonic() + _GONE_S
+    while time.monotonic() < give_up:
         pages = cluster.pages(path, "looking", selector=names_of(config).selector(sandbox_id))
         if not any(is_running(pod) for page in pages for pod in page):
             return
         time.sleep(0.05)
 
 
-def delete_pod(config: AppConfig, sandbox_id: str, *, grace_s: int = 0) -> None:
-    """As ``kubectl delete pod`` does it, by default with force."""
+def delete_pod(config: AppConfig, sandbox_id: str, *, grace_s: int = 1) -> None:
+    """As ``kubectl delete pod`` does it, until it has ended."""
     cluster, pod = cluster_of(config), pod_of(config, sandbox_id)["metadata"]["name"]
     cluster.delete(f"/api/v1/namespaces/{cluster.namespace}/pods/{pod}", "deleting", {"gracePeriodSeconds": grace_s})
+    wait_ended(config, sandbox_id)

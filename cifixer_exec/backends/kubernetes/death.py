@@ -34,7 +34,7 @@ _EVENTS = {
 
 def inspected(job: Mapping[str, Any] | None, pod: Mapping[str, Any] | None) -> Inspection | None:
     """What the two objects tell; None where only events could."""
-    if pod is not None and is_running(pod) and not pod["metadata"].get("deletionTimestamp") and not _node_lost(pod):
+    if pod is not None and is_running(pod) and not pod["metadata"].get("deletionTimestamp"):
         return Inspection(alive=True)
     cause = _of_pod(pod) or _of_job(job)
     return Inspection(alive=False, cause=cause) if cause else None
@@ -51,7 +51,7 @@ def _of_pod(pod: Mapping[str, Any] | None) -> str:
     if target := disruption(pod):
         said = _DISRUPTIONS.get(str(target.get("reason")), f"its Pod was disrupted: {target.get('reason')}")
         return f"{said}: {target['message']}" if target.get("message") else said
-    if status.get("reason") == "NodeLost" or _node_lost(pod):
+    if status.get("reason") == "NodeLost" or is_node_lost(pod):
         return "its node is lost"
     return _of_container(terminated(pod))
 
@@ -70,13 +70,13 @@ def _of_container(ended: Mapping[str, Any]) -> str:
     return f"its container ended with exit code {code}" + (f": {said}" if said else "")
 
 
-def _node_lost(pod: Mapping[str, Any]) -> bool:
-    """The node does not report any more.
+def is_node_lost(pod: Mapping[str, Any]) -> bool:
+    """The node does not report any more: its controller has marked the Pod, and left what the node last said of the containers.
 
-    https://kubernetes.io/docs/concepts/architecture/nodes/#node-controller: unreachable nodes' Pods are marked not ready.
+    https://kubernetes.io/docs/concepts/architecture/nodes/#node-controller. It may come back; when it does not, the Pod is deleted.
     """
-    conditions = (pod.get("status") or {}).get("conditions") or []
-    return any(c.get("type") == "Ready" and c.get("reason") in ("NodeLost", "NodeNotReady", "NodeStatusUnknown") for c in conditions)
+    told = {c.get("type"): c.get("status") for c in (pod.get("status") or {}).get("conditions") or []}
+    return told.get("Ready") == "False" and told.get("ContainersReady") == "True"
 
 
 def _of_job(job: Mapping[str, Any] | None) -> str:
@@ -106,6 +106,4 @@ def from_events(cluster: Cluster, pod_uid: str, pod: Mapping[str, Any] | None) -
         for reason, said in _EVENTS.items():
             if reason in reasons:
                 return f"{said}: {reasons[reason]}" if reasons[reason] else said
-    if pod is None:
-        return "its Pod was deleted"
-    return "its Pod is being deleted" if pod["metadata"].get("deletionTimestamp") else "its container was killed from outside"
+    return "its Pod was deleted" if pod is None or pod["metadata"].get("deletionTimestamp") else "its container was killed from outside"

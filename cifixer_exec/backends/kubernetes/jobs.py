@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cifixer_exec.backends.kubernetes.cluster import Answer, Cluster
+from cifixer_exec.backends.kubernetes.death import is_node_lost
 from cifixer_exec.backends.kubernetes.job import KubernetesOptions
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
@@ -190,10 +191,11 @@ def owner_of(pod: Mapping[str, Any]) -> str:
 
 
 def _is_settled(pod: Mapping[str, Any]) -> bool:
-    """Going, and nothing runs in it any more: what is left is the kubelet's clearing up."""
+    """Going, and nothing runs in it any more, or its node is out of reach: what is left to do is the cluster's."""
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     over = bool(statuses) and all("terminated" in (c.get("state") or {}) for c in statuses)
-    return bool(pod["metadata"].get("deletionTimestamp")) and (over or not (pod.get("spec") or {}).get("nodeName"))
+    nowhere = not (pod.get("spec") or {}).get("nodeName") or is_node_lost(pod)
+    return bool(pod["metadata"].get("deletionTimestamp")) and (over or nowhere)
 
 
 def _about(sandbox_id: str, error: ExecutorError, more: str = "") -> ExecutorError:

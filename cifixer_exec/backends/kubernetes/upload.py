@@ -29,7 +29,7 @@ async def open_channel(cluster: Cluster, pod: str) -> ExecTransport:
     """An exec of the bridge, behind the upload of the runner where it is not there.
 
     Raises:
-        SandboxStartError: the image has no shell, or there is no runner for the machine. Else as :func:`exec_in`.
+        SandboxStartError: the image has not the programs for it, or there is no runner for the machine. Else as :func:`exec_in`.
     """
     transport = await exec_in(cluster, pod=pod, container=CONTAINER, command=["/bin/sh", "-c", _SCRIPT])
     try:
@@ -40,7 +40,8 @@ async def open_channel(cluster: Cluster, pod: str) -> ExecTransport:
         return transport
     except ConnectionError as error:
         transport.close()
-        if transport.status is not None:  # it was no cut: the container cannot do it
+        # Anything else may be its container's end, which is for an inspection to find out; one without a shell has never started.
+        if transport.status is not None and transport.status.exit_code in (_NO_PLACE, _NOT_WHOLE):
             raise SandboxStartError(f"the runner could not be put into Pod {pod!r}: {error}: {_MEND}", _MEND) from None
         raise
     except BaseException:
