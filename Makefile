@@ -7,7 +7,7 @@ GO := $(BIN)/go
 PACKAGED := $(wildcard pyproject.toml runner/*.go runner/go.mod runner/hatch_build.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types imports gotest pytest chaos chaos-docker bench runner lock clean
+.PHONY: help run test lint types imports gotest pytest chaos chaos-docker chaos-kubernetes test-kubernetes bench runner lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ chaos: $(VENV)/.dev ## a thousand killed workers, cuts, pauses and Redis restart
 
 chaos-docker: $(VENV)/.dev ## two hundred of them with containers on a Docker daemon (about 5 minutes)
 	$(BIN)/python -m tests.chaos --backend docker_local --kills 200 --seed 1 --json bench/results/chaos-docker.json
+
+test-kubernetes: $(VENV)/.dev ## the Kubernetes tests on the cluster of CIFIXER_TEST_KUBECONFIG, else on a kind cluster, else on the stand-in
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh k8s/test.sh
+
+chaos-kubernetes: $(VENV)/.dev ## two hundred killed workers with Jobs in a cluster, or on the stand-in
+	$(BIN)/python -m tests.chaos --backend kubernetes --kills 200 --seed 1 --json bench/results/chaos-kubernetes.json
 
 bench: $(VENV)/.dev ## speed and memory, as ratios within one run
 	$(BIN)/python -m bench
