@@ -210,10 +210,10 @@ def test_only_monitoring_is_left_out_by_default() -> None:
 # -------------------------------------------------------------------------------------------------------------- the image
 
 
-def test_the_image_runs_as_a_numbered_user_and_its_last_stage_copies_only_the_environment() -> None:
+def test_the_image_runs_as_a_numbered_user_and_its_last_stage_copies_only_the_environment_and_the_runner() -> None:
     last = (ROOT / "Dockerfile").read_text().split("\nFROM ")[-1]
     assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
-    assert re.findall(r"^COPY (.*)$", last, re.MULTILINE) == ["--from=build /opt/cifixer /opt/cifixer"]
+    assert re.findall(r"^COPY (.*)$", last, re.MULTILINE) == ["--from=build /opt/cifixer /opt/cifixer", "--from=build /runner /runner"]
     assert "STOPSIGNAL SIGTERM" in last
 
 
