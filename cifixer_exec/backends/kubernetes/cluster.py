@@ -122,12 +122,18 @@ class Cluster:
             BackendUnavailableError: no answer, or "not now" again and again.
         """
         headers = {"Accept": accept} | ({"Content-Type": content_type} if body is not None else {})
-        response = self._patiently(doing, lambda: self._send(method, path, query=query, body=body, headers=headers))
+
+        def send() -> Any:
+            answer = self._send(method, path, query=query, body=body, headers=headers)
+            answer.read()  # here, so that one that is cut is asked for again
+            return answer
+
+        response = self._patiently(doing, send)
         try:
             document = json.loads(response.read() or b"{}")
             if not isinstance(document, dict):
                 raise ValueError(f"it answered with a {type(document).__name__}")  # noqa: TRY004  # as what cannot be read
-        except (*NO_ANSWER, ValueError) as error:
+        except ValueError as error:
             self.breaker.failed(str(error))
             raise translate(error, doing) from None
         return Answer(document=document, at_s=_time_of(response.headers.get("Date")))
@@ -142,7 +148,7 @@ class Cluster:
                 if error.code != 410 or begun_again:
                     raise translate(error, doing) from None
                 begun_again = True
-                del query["continue"]
+                query.pop("continue", None)
                 continue
             yield document.get("items") or []
             query["continue"] = (document.get("metadata") or {}).get("continue") or ""

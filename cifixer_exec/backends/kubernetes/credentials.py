@@ -15,14 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from kubernetes import config as loading
 from kubernetes.client.configuration import Configuration
 from kubernetes.client.rest import should_bypass_proxies
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.config.exec_provider import ExecProvider
+from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION, KubeConfigMerger
 
 from cifixer_exec.errors import BackendUnavailableError
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+#: What comes of a file that is no kubeconfig; the kubernetes package foresees some of it.
+_UNREADABLE = (ConfigException, OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError)
 _MEND = "set CIFIXER_KUBERNETES_KUBECONFIG (and _CONTEXT), or run in a Pod with a service account"
 
 
@@ -77,7 +82,8 @@ class Credentials:
             except (ConfigException, OSError) as error:
                 raise BackendUnavailableError(f"the credentials for the cluster cannot be renewed: {error}: {_MEND}", _MEND) from None
         value = found.get("BearerToken", {}).get("value")
-        return {"Authorization": str(value)} if value else {}
+        # Files with a token often end with a new line, which no header may have.
+        return {"Authorization": str(value).strip()} if value else {}
 
     @cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -104,17 +110,36 @@ def _load(address: Address) -> tuple[Any, str]:
                 pass  # this is no Pod
             else:
                 return configuration, _read(_ACCOUNT / "namespace")
-        path = address.kubeconfig or None
+        path = address.kubeconfig or KUBE_CONFIG_DEFAULT_LOCATION
         loading.load_kube_config(path, address.context or None, client_configuration=configuration, persist_config=False)
-        return configuration, _namespace_of(path, address.context)
-    except (ConfigException, OSError, ValueError) as error:
-        raise BackendUnavailableError(f"there are no credentials for a Kubernetes cluster: {error}: {_MEND}", _MEND) from None
+        context = _context(path, address.context)
+        if not str(configuration.host).startswith(("https://", "http://")):
+            raise ConfigException(f"its cluster has no server with https:// (it has {configuration.host!r})")
+        if not configuration.api_key and not configuration.cert_file:
+            _check_plugin(path, str(context.get("user") or ""))
+        return configuration, str(context.get("namespace") or "")
+    except _UNREADABLE as error:
+        where = f" in kubeconfig {address.kubeconfig!r}" if address.kubeconfig else ""
+        said = " ".join(str(error).partition("{")[0].split())  # behind a brace it may show a whole entry, with its token
+        raise BackendUnavailableError(f"there are no credentials for a Kubernetes cluster{where}: {said}: {_MEND}", _MEND) from None
 
 
-def _namespace_of(path: str | None, context: str) -> str:
-    contexts, active = loading.list_kube_config_contexts(path) if path else loading.list_kube_config_contexts()
-    chosen = next((c for c in contexts if c["name"] == context), active) if context else active
-    return str(chosen["context"].get("namespace") or "")
+def _context(path: str, name: str) -> dict[str, Any]:
+    contexts, active = loading.list_kube_config_contexts(path)
+    chosen = next((c for c in contexts if c["name"] == name), active) if name else active
+    return dict(chosen["context"])
+
+
+def _check_plugin(path: str, user: str) -> None:
+    """One that fails is only logged by the kubernetes package, and whoever goes on without credentials is anonymous to the cluster.
+
+    Raises:
+        ConfigException, OSError: the user has a plugin, which gives nothing.
+    """
+    found = KubeConfigMerger(path).config["users"].get_with_name(user, safe=True)
+    if found is not None and "exec" in found["user"]:
+        ExecProvider(found["user"]["exec"], str(Path(found.path).absolute().parent)).run()
+        raise ConfigException(f"the plugin of user {user!r} gives neither a token nor a certificate with its key")
 
 
 def _read(path: Path) -> str:

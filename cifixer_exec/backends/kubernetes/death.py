@@ -61,6 +61,8 @@ def _of_container(ended: Mapping[str, Any]) -> str:
         return ""
     if ended.get("reason") == "OOMKilled":
         return "out of memory: the kernel killed its container"
+    if ended.get("reason") == "ContainerStatusUnknown":
+        return "its node does not know its container any more, as after a restart of the node"
     code = ended.get("exitCode")
     if code == _EXPIRED:
         return _EXPIRED_TEXT

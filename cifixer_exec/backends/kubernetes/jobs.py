@@ -16,7 +16,7 @@ from cifixer_exec.backends.kubernetes.job import KubernetesOptions
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.start import PassingError, Start
-from cifixer_exec.errors import BackendError, ExecutorError, SandboxStartError
+from cifixer_exec.errors import BackendError, CapacityError, ExecutorError, SandboxStartError
 
 #: Starts of one sandbox, when the cluster itself ended the Pod (evicted, preempted, node lost) before it ran; and the pause before another.
 STARTS, START_PAUSE_S = 3, 1.0
@@ -88,35 +88,37 @@ class Jobs:
         """
         deadline_s = time.monotonic() + self.options.start_timeout_s
         for attempt in range(1, STARTS + 1):
-            job = self._made_or_adopted(sandbox_id, manifest)
+            job, adopted = self._made_or_adopted(sandbox_id, manifest)
             job_uid = str(job["metadata"]["uid"])
             try:
                 return job_uid, Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
-            except PassingError as error:
+            except SandboxStartError as error:
                 self._undo(sandbox_id, job_uid)
-                if attempt == STARTS or time.monotonic() > deadline_s:
-                    raise _about(sandbox_id, error, f" (after {attempt} starts)") from None
-                time.sleep(START_PAUSE_S * attempt * (0.5 + random.random()))  # noqa: S311  # only spreads them
-            except ExecutorError as error:
-                self._undo(sandbox_id, job_uid)
-                raise _about(sandbox_id, error) from None
-            except BaseException:
-                self._undo(sandbox_id, job_uid)
+                passing = isinstance(error, PassingError)
+                # One that was there may just have died, which its Job learns a moment later: it gives way like those that are over.
+                if not (passing or adopted) or attempt == STARTS or time.monotonic() > deadline_s:
+                    raise _about(sandbox_id, error, f" (after {attempt} starts)" if attempt > 1 else "") from None
+                time.sleep(START_PAUSE_S * attempt * (0.5 + random.random()) if passing else 0.0)  # noqa: S311  # only spreads them
+            except BaseException as error:
+                if not adopted or isinstance(error, CapacityError):  # else somebody may live in it
+                    self._undo(sandbox_id, job_uid)
+                if isinstance(error, ExecutorError):
+                    raise _about(sandbox_id, error) from None
                 raise
         raise AssertionError  # the last one returns or raises
 
-    def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A dead one, or one that is going, gives way."""
+    def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The Job, and whether it was there. A dead one, or one that is going, gives way."""
         give_up_s = time.monotonic() + self.options.grace_s + DELETE_SLACK_S
         while True:
             made = self.post(manifest())
             if made is not None:
-                return made
+                return made, False
             found = self.cluster.get(f"{self.path}/{self.names.job(sandbox_id)}", f"looking for sandbox {sandbox_id!r}")
             if found is not None:
                 self._check_ours(found.document, sandbox_id)
                 if not is_over(found.document):
-                    return found.document
+                    return found.document, True
                 self.remove(sandbox_id, job_uid=str(found.document["metadata"]["uid"]))
             if time.monotonic() > give_up_s:
                 raise SandboxStartError(f"the Job of sandbox {sandbox_id!r} cannot be made just now, a former one may be going: try again")

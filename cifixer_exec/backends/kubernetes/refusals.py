@@ -86,6 +86,8 @@ def translate(error: Exception, doing: str) -> ExecutorError:
         kind = _BY_STATUS.get(error.code, BackendUnavailableError if error.code >= 500 else BackendError)
         if error.code == 403 and "exceeded quota" in error.message:
             kind = CapacityError
+        if error.code == 404 and error.message.startswith("namespaces "):
+            kind = BackendUnavailableError
         mend = remedy(error)
         return kind(f"the Kubernetes API refused {doing}: {error.message}" + (f": {mend}" if mend else ""), mend)
     said = str(getattr(error, "reason", None) or error)

@@ -21,6 +21,8 @@ MEND_S = 15.0
 #: No two watches are nearer to each other.
 LEAST_WATCH_S = 0.5
 _LAST_EVENTS = 5
+#: In the words of a refused Pod: who was asked could not answer, or something was just being changed.
+_UNDECIDED = ("cannot be fulfilled", "Internal error occurred", "timed out", "timeout", "connection refused")
 
 
 class PassingError(SandboxStartError):
@@ -111,7 +113,7 @@ class Start:
         words = f"the cluster does not let its Pod be: {said[-1]}"
         if "exceeded quota" in words:
             raise CapacityError(words)
-        if "forbidden" in words and "cannot be fulfilled" not in words:
+        if "forbidden" in words and not any(sign in words for sign in _UNDECIDED):
             raise SandboxStartError(words)
         return Verdict(soon=True, why=words)  # a webhook that did not answer, a quota that was just being changed: the Job tries again
 

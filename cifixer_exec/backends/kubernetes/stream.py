@@ -57,6 +57,9 @@ class ExecTransport:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
+        connection = socket._response.connection
+        #: Kept, because aiohttp forgets it when the server closes, and leaves a TLS connection open behind the end of the loop.
+        self._wire = connection.transport if connection is not None else None
         self._outgoing: deque[memoryview] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -129,7 +132,7 @@ class ExecTransport:
 
     async def drain(self) -> None:
         await self._idle.wait()
-        if self._broken is not None:
+        if self._broken is not None or self._socket.closed:
             raise ConnectionResetError("the connection was lost") from self._broken
 
     async def send_eof(self) -> None:
@@ -145,10 +148,9 @@ class ExecTransport:
             self._writer.cancel()
         self._idle.set()
         # Its own close() waits for the server, and the loop may be about to end.
-        response = self._socket._response
-        if response.connection is not None and response.connection.transport is not None:
-            response.connection.transport.abort()
-        response.close()
+        if self._wire is not None:
+            self._wire.abort()
+        self._socket._response.close()
 
     async def _write(self) -> None:
         try:

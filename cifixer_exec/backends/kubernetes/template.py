@@ -24,15 +24,6 @@ _KEYS = {
     "volumeMounts": "mountPath",
     "hostAliases": "ip",
 }
-#: What we work with ourselves; the rest is for the API server to judge.
-_SHAPES: tuple[tuple[str, str, type[dict[str, Any] | list[Any]]], ...] = (
-    ("metadata", "labels", dict),
-    ("metadata", "annotations", dict),
-    ("spec", "containers", list),
-    ("spec", "initContainers", list),
-    ("spec", "volumes", list),
-    ("spec", "securityContext", dict),
-)
 _SHAPE = "give a Pod template: an object with metadata and spec, as under spec.template of a Job"
 
 
@@ -55,11 +46,24 @@ def read(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict) or not set(found) <= {"metadata", "spec"} or not all(isinstance(v, dict) for v in found.values()):
         raise InvalidRequestError(f"{what} is no Pod template: {_SHAPE}")
-    for part, name, kind in _SHAPES:
-        value = found.get(part, {}).get(name, kind())
-        if not isinstance(value, kind) or (isinstance(value, list) and not all(isinstance(member, dict) for member in value)):
-            raise InvalidRequestError(f"{what} has a {part}.{name} that is no {'list of objects' if kind is list else 'object'}: {_SHAPE}")
+    for part, name in (("metadata", "labels"), ("metadata", "annotations"), ("spec", "securityContext")):
+        if not isinstance(found.get(part, {}).get(name) or {}, dict):
+            raise InvalidRequestError(f"{what} has a {part}.{name} that is no object: {_SHAPE}")
+    _check_lists(found, what)
     return found
+
+
+def _check_lists(value: Any, what: str, name: str = "") -> None:
+    """Raises InvalidRequestError where what is merged by names has none; our container cannot be removed."""
+    if name == "containers" and value is None:
+        raise InvalidRequestError(f"{what} removes all containers: give those that you add or change, by their names (ours: 'sandbox')")
+    if name in _KEYS and value is not None:
+        key = _KEYS[name]
+        if not isinstance(value, list) or not all(isinstance(member, dict) and member.get(key) for member in value):
+            raise InvalidRequestError(f"{what} is no Pod template: {name!r} is a list of objects, each with its {key!r}")
+    members = value.items() if isinstance(value, dict) else [("", member) for member in value] if isinstance(value, list) else ()
+    for key, member in members:
+        _check_lists(member, what, str(key))
 
 
 def merged(ours: Any, theirs: Any, name: str = "") -> Any:

@@ -6,7 +6,7 @@ conditions, tell it. Reasons: kubernetes/pkg/kubelet/images/types.go, pkg/kubele
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ _MAY_PASS = {
     "ImageInspectError": "check the node's container runtime",
     "RegistryUnavailable": "check that the node reaches the registry",
 }
+#: The node has refused or ended the Pod for reasons of its own; another node, or the same one later, may take the next
+#: (kubernetes/pkg/kubelet/lifecycle/predicate.go, pkg/kubelet/nodeshutdown). ``OutOfcpu`` and the like are there for each resource.
+_REFUSED_BY_NODE = ("OutOf", "UnexpectedAdmissionError", "NodeAffinity", "NodeShutdown", "Terminated")
 #: A registry has said so: no second try will give it.
 _REFUSED = ("not found", "unauthorized", "denied", "authorization failed", "manifest unknown", "does not exist", "invalid reference format")
 
@@ -54,15 +57,27 @@ def verdict(pod: Mapping[str, Any]) -> Verdict:
         return ended
     for container in _containers(status):
         waiting = container["state"].get("waiting") or {}
-        reason, said = str(waiting.get("reason") or ""), str(waiting.get("message") or "")
-        if reason in _FATAL:
-            return Verdict(final=True, why=_told(reason, said), remedy=_FATAL[reason])
-        if reason in _MAY_PASS:
-            refused = any(sign in said.lower() for sign in _REFUSED)
-            return Verdict(final=refused, soon=not refused, why=_told(reason, said), remedy=_MAY_PASS[reason])
+        if told := _waiting(str(waiting.get("reason") or ""), str(waiting.get("message") or "")):
+            return told
     if is_running(pod):
         return Verdict(running=True)
     return _unscheduled(status) or Verdict()
+
+
+def verdict_of_events(events: Iterable[Mapping[str, Any]]) -> Verdict:
+    """Of a Pod's events, the oldest first: behind an init container they tell of an image up to 15 s before the status does, which a
+    kubelet writes down when it looks at the Pod again (reasons: kubernetes/pkg/kubelet/events/event.go)."""
+    found = Verdict()
+    for event in events:
+        reason, said = str(event.get("reason") or ""), str(event.get("message") or "")
+        if reason == "Failed" and said.startswith("Failed to pull image"):
+            reason = "ErrImagePull"
+        elif reason == "InspectFailed":
+            reason = "InvalidImageName" if "couldn't parse image name" in said else "ImageInspectError"
+        elif reason != "ErrImageNeverPull":
+            continue
+        found = _waiting(reason, said) or found
+    return found
 
 
 def is_running(pod: Mapping[str, Any]) -> bool:
@@ -87,6 +102,16 @@ def disruption(pod: Mapping[str, Any]) -> dict[str, Any]:
     return next((c for c in conditions if c.get("type") == "DisruptionTarget" and c.get("status") == "True"), {})
 
 
+def _waiting(reason: str, said: str) -> Verdict | None:
+    """Of a container that is not there yet; None where it is only a matter of time."""
+    if reason in _FATAL:
+        return Verdict(final=True, why=_told(reason, said), remedy=_FATAL[reason])
+    if reason in _MAY_PASS:
+        refused = any(sign in said.lower() for sign in _REFUSED)
+        return Verdict(final=refused, soon=not refused, why=_told(reason, said), remedy=_MAY_PASS[reason])
+    return None
+
+
 def _ended(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Verdict | None:
     if target := disruption(pod):
         return Verdict(final=True, passing=True, why=_told(str(target.get("reason")), str(target.get("message") or "")))
@@ -99,7 +124,8 @@ def _ended(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Verdict | None:
             told = _told(str(state.get("reason") or "Error"), words)
             return Verdict(final=True, ended=container["name"], why=f"container {container['name']!r} ended: {told}")
     if status.get("phase") in ("Failed", "Succeeded"):
-        return Verdict(final=True, why=_told(str(status.get("reason") or status["phase"]), str(status.get("message") or "")))
+        reason = str(status.get("reason") or status["phase"])
+        return Verdict(final=True, passing=reason.startswith(_REFUSED_BY_NODE), why=_told(reason, str(status.get("message") or "")))
     if pod["metadata"].get("deletionTimestamp"):
         return Verdict(final=True, passing=True, why="its Pod is being deleted")
     return None
