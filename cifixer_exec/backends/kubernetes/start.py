@@ -11,7 +11,7 @@ from typing import Any
 from cifixer_exec.backends.kubernetes import death
 from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.names import Names
-from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict
+from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict, verdict_of_events
 from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxStartError
 
 #: The Pod is watched in pieces of these lengths, and between them its events are looked at; the last one is repeated.
@@ -76,6 +76,8 @@ class Start:
                 return True
         if not seen:
             self._judge(self._verdict_of_job())
+        elif not self._last.why:
+            self._judge(verdict_of_events(self._events(str(self._pod["metadata"]["uid"]))))
         return False
 
     def _judge(self, now: Verdict) -> None:
@@ -113,7 +115,7 @@ class Start:
         words = f"the cluster does not let its Pod be: {said[-1]}"
         if "exceeded quota" in words:
             raise CapacityError(words)
-        if "forbidden" in words and not any(sign in words for sign in _UNDECIDED):
+        if ("forbidden" in words or "denied the request" in words) and not any(sign in words for sign in _UNDECIDED):
             raise SandboxStartError(words)
         return Verdict(soon=True, why=words)  # a webhook that did not answer, a quota that was just being changed: the Job tries again
 
