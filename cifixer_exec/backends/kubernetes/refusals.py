@@ -28,6 +28,9 @@ _BY_STATUS: dict[int, type[ExecutorError]] = {
     429: BackendUnavailableError,
 }
 _RIGHTS = "grant it: kubectl apply -f k8s/rbac/k8s.yaml (k8s/README.md explains each right), and check CIFIXER_KUBERNETES_NAMESPACE"
+_LOG_IN = "log in again, or check the token of the service account"
+#: Remedies of errors that no waiting mends.
+DENIALS = frozenset({_RIGHTS, _LOG_IN})
 #: What is wrong on the way: (what the text has, what to do).
 _ON_THE_WAY = (
     ("certificate", "check the certificate authority and the server name in the kubeconfig"),
@@ -72,7 +75,7 @@ def _seconds(text: str | None) -> float | None:
 def remedy(error: RefusedError) -> str:
     """What to do; empty where the API server's own words say it."""
     if error.code == 401:
-        return "log in again, or check the token of the service account"
+        return _LOG_IN
     if error.code == 403 and "cannot " in error.message:
         return _RIGHTS
     if error.code == 404 and error.message.startswith("namespaces "):

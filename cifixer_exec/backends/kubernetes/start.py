@@ -11,6 +11,7 @@ from typing import Any
 from cifixer_exec.backends.kubernetes import death
 from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.refusals import DENIALS
 from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict, verdict_of_events
 from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxStartError
 
@@ -57,8 +58,8 @@ class Start:
             try:
                 if self._runs_within(max(1, min(watch_s, int(deadline_s - began_s)))):
                     return self._pod
-            except BackendUnavailableError:  # the cluster may go on with it meanwhile
-                if self.clock() > deadline_s:
+            except BackendUnavailableError as error:  # the cluster may go on with it meanwhile
+                if error.code in DENIALS or self.clock() > deadline_s:
                     raise
             if self.clock() > deadline_s:
                 raise self._late(self._last, self._pod)
