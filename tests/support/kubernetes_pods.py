@@ -15,6 +15,7 @@ from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.job import CONTAINER, STOP
 from cifixer_exec.backends.kubernetes.names import Names
 from cifixer_exec.backends.kubernetes.stream import exec_in
+from cifixer_exec.backends.kubernetes.upload import open_channel
 from cifixer_exec.backends.kubernetes.verdicts import is_running
 from tests.support.kubernetes_cluster import is_real, stand_in
 
@@ -44,6 +45,8 @@ def end_first_process(config: AppConfig, sandbox_id: str) -> None:
     pod = str(pod_of(config, sandbox_id)["metadata"]["name"])
 
     async def stop() -> None:
+        if not config.kubernetes_runner_image:  # nobody may have put it in yet
+            (await open_channel(cluster_of(config), pod)).close()
         transport = await exec_in(cluster_of(config), pod=pod, container=CONTAINER, command=STOP)
         try:
             while await transport.receive():
