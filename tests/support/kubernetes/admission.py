@@ -1,4 +1,4 @@
-"""What stands between a valid Pod or Job and the store: service account, Pod Security, quota, priority and runtime class."""
+"""What stands between a Pod or Job and the store: limits, priority and runtime class, service account, Pod Security, quota."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from tests.support.kubernetes.kinds import ACCOUNTS, JOBS, NAMESPACES, PODS, PRIORITIES, QUOTAS, RUNTIMES, Kind
+from tests.support.kubernetes.limit_ranges import limit
 from tests.support.kubernetes.pod_security import violations
 from tests.support.kubernetes.problems import forbidden
 from tests.support.kubernetes.quantities import quantity, shown
@@ -18,6 +19,7 @@ _BUILT_IN_PRIORITIES = {"system-cluster-critical": 2_000_000_000, "system-node-c
 def admit(store: Store, kind: Kind, item: Json) -> None:
     """May complete ``item``. Raises ApiError 403."""
     if kind is PODS:
+        limit(store, item)
         _classes(store, item)
         _account(store, item)
         _security(store, item)

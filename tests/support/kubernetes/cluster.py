@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +32,7 @@ class Cluster:
         self.users = Users()
         self.store = Store(lambda: datetime.now(UTC))
         self.recorder = Recorder(self.store)
-        self.runtime = Runtime(requests, name=f"stand-in-{os.getpid()}", one_user=one_user)
+        self.runtime = Runtime(requests, self.knobs, name=f"stand-in-{directory.name}", one_user=one_user)
         self.jobs = JobController(self.store, self.recorder, self.knobs)
         self.collector = Collector(self.store, self.knobs)
         self.scheduler = Scheduler(self.store, self.recorder, self.knobs)

@@ -66,22 +66,23 @@ async def exec_socket(
     url = f"{cluster.url}/api/v1/namespaces/{pod[0]}/pods/{pod[1]}/exec?{urlencode(query)}"
     context = ssl.create_default_context(cafile=str(cluster.directory / "ca.pem")) if cluster.tls else True
     headers = {"Authorization": f"Bearer {token}"}
-    async with (
-        aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(ssl=context)) as session,
-        session.ws_connect(url, protocols=protocols, compress=0, max_msg_size=0) as socket,
-    ):
-        yield socket
-    # https://docs.aiohttp.org/en/stable/client_advanced.html#graceful-shutdown
-    await asyncio.sleep(_TLS_END_S if cluster.tls else 0)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(ssl=context)) as session,
+            session.ws_connect(url, protocols=protocols, compress=0, max_msg_size=0) as socket,
+        ):
+            yield socket
+    finally:
+        # https://docs.aiohttp.org/en/stable/client_advanced.html#graceful-shutdown
+        await asyncio.sleep(_TLS_END_S if cluster.tls else 0)
 
 
 async def drained(socket: aiohttp.ClientWebSocketResponse) -> Done:
     """All that comes until the socket ends."""
     done = Done(protocol=socket.protocol)
-    async for message in socket:
-        if message.type == aiohttp.WSMsgType.BINARY:
-            done.take(message.data)
-    done.close_code = socket.close_code
+    while (message := await socket.receive()).type == aiohttp.WSMsgType.BINARY:
+        done.take(message.data)
+    done.close_code = message.data if message.type == aiohttp.WSMsgType.CLOSE else 1006
     return done
 
 

@@ -48,7 +48,7 @@ class ExecStream:
         self._wanted = wanted
         self._gate = gate
         self._stdin: asyncio.StreamWriter | None = None
-        self._transports: list[asyncio.BaseTransport] = []
+        self._outputs: list[asyncio.ReadTransport] = []
         self.frames_in = 0
         #: The socket is cut right after so many stdin frames have been taken; 0: never.
         self.cut_after_frames = 0
@@ -90,15 +90,14 @@ class ExecStream:
         """Nobody reads on, and the process goes on: it blocks when its pipes are full. They are closed at its end."""
 
         def close(_: object = None) -> None:
-            for transport in self._transports:
+            for transport in self._outputs:
                 transport.close()
 
         if process.status.done():
             close()
         else:
-            for transport in self._transports:
-                if isinstance(transport, asyncio.ReadTransport):
-                    transport.pause_reading()
+            for transport in self._outputs:
+                transport.pause_reading()
             process.status.add_done_callback(close)
 
     async def finish(self, status: Json) -> None:
@@ -124,7 +123,7 @@ class ExecStream:
                 theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
         try:
             process = await runtime.execute(container, command, theirs)
-        except LaunchError:
+        except BaseException:
             for descriptor in ours.values():
                 os.close(descriptor)
             raise
@@ -138,14 +137,13 @@ class ExecStream:
     async def _writer(self, descriptor: int) -> asyncio.StreamWriter:
         loop = asyncio.get_running_loop()
         transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(descriptor, "wb", 0))
-        self._transports.append(transport)
         return asyncio.StreamWriter(transport, protocol, None, loop)
 
     async def _reader(self, descriptor: int) -> asyncio.StreamReader:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0))
-        self._transports.append(transport)
+        self._outputs.append(transport)
         return reader
 
     async def _copy(self, channel: int, reader: asyncio.StreamReader) -> None:

@@ -150,8 +150,6 @@ def become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
 def _identity(request: dict[str, Any]) -> None:
     """``one_user``: this process may have one user only, so the container's id is a name for it in a user namespace."""
     user, group = request["user"], request["group"]
-    if request["drop_capabilities"]:
-        kernel.drop_bounding_set()
     if request["one_user"]:
         if request["verb"] == "run":
             kernel.unshare(kernel.CLONE_NEWUSER)
@@ -160,6 +158,8 @@ def _identity(request: dict[str, Any]) -> None:
             _write("/proc/self/gid_map", f"{group} 0 1")
     else:
         os.setgroups(request["supplementary_groups"])
+    if request["drop_capabilities"]:
+        kernel.drop_bounding_set()
     os.setresgid(group, group, group)
     os.setresuid(user, user, user)
     if request["drop_capabilities"]:

@@ -31,11 +31,12 @@ NAMESPACES = Kind(group="", version="v1", resource="namespaces", kind="Namespace
 ACCOUNTS = Kind(group="", version="v1", resource="serviceaccounts", kind="ServiceAccount", short="sa")
 CLAIMS = Kind(group="", version="v1", resource="persistentvolumeclaims", kind="PersistentVolumeClaim", short="pvc")
 QUOTAS = Kind(group="", version="v1", resource="resourcequotas", kind="ResourceQuota", short="quota")
+LIMITS = Kind(group="", version="v1", resource="limitranges", kind="LimitRange", short="limits")
 NODES = Kind(group="", version="v1", resource="nodes", kind="Node", namespaced=False, short="no")
 PRIORITIES = Kind(group="scheduling.k8s.io", version="v1", resource="priorityclasses", kind="PriorityClass", namespaced=False)
 RUNTIMES = Kind(group="node.k8s.io", version="v1", resource="runtimeclasses", kind="RuntimeClass", namespaced=False)
 
-KINDS = (JOBS, PODS, EVENTS, NAMESPACES, ACCOUNTS, CLAIMS, QUOTAS, NODES, PRIORITIES, RUNTIMES)
+KINDS = (JOBS, PODS, EVENTS, NAMESPACES, ACCOUNTS, CLAIMS, QUOTAS, LIMITS, NODES, PRIORITIES, RUNTIMES)
 
 
 def kind_of(group: str, version: str, resource: str) -> Kind | None:

@@ -20,6 +20,8 @@ class Knobs:
     node_labels: dict[str, str] = field(default_factory=lambda: {"kubernetes.io/hostname": "stand-in", "kubernetes.io/os": "linux"})
     images: dict[str, str] = field(default_factory=dict)
     pids_limit: int = 0
+    #: On cgroup version 1 too, an out-of-memory kill ends all of a container, as kubelets since 1.28 have it on version 2.
+    whole_container: bool = False
     host_network: bool = False
     #: Since 1.36 the API server hands WebSockets through to the kubelet, which then refuses by an HTTP status; before by a status frame.
     kubelet_websockets: bool = True

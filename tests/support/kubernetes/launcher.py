@@ -160,7 +160,7 @@ class Launcher:
                 return
             for told in [t for t, (_, starting, _) in self._starting.items() if starting == pid]:
                 self._started(told)
-            name = self._ids.pop(pid)
+            name = self._ids.pop(pid, "")
             for descriptor in self._containers.pop(name, {}).values():
                 os.close(descriptor)
             self._tell(id=name, status=status)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from tests.support.kubernetes import defaults, validation
+from tests.support.kubernetes import defaults, schema, validation
 from tests.support.kubernetes.admission import admit
 from tests.support.kubernetes.kinds import JOBS, NAMESPACES, PODS, Kind
 from tests.support.kubernetes.problems import Cause, bad_request, conflict, invalid
@@ -87,6 +87,7 @@ def patch(store: Store, kind: Kind, namespace: str, name: str, body: Json, *, dr
         if new["metadata"].get(field) != old["metadata"].get(field):
             words = "Invalid value: field is immutable"
             raise invalid(kind.group, kind.kind, name, [Cause("FieldValueInvalid", words, f"metadata.{field}")])
+    new, _ = schema.cleaned(kind.resource, new)
     if new["metadata"].get("resourceVersion") != old["metadata"]["resourceVersion"]:
         why = "the object has been modified; please apply your changes to the latest version and try again"
         raise conflict(kind.group, kind.resource, name, why)

@@ -64,11 +64,18 @@ def enter_namespaces() -> bool:
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.make_private()
             return _ids() < _ALL_IDS
-    kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
+    # Only in a pid namespace of its own may it go in and out of those of containers.
+    kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os._exit(0)
+    kernel.die_with_parent(signal.SIGKILL)
     kernel.make_private()
+    kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NOEXEC | kernel.MS_NODEV)
     return True
 
 

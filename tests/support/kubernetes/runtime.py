@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cifixer_exec.backends.local.cgroups import Cgroups, Limits, detect, kill_all, oom_kills, remove
+from tests.support.kubernetes.knobs import Knobs
 from tests.support.kubernetes.launcher import MAX_MESSAGE_BYTES
 
 _OOM_POLL_S = 0.05
@@ -48,14 +50,14 @@ class Process:
 
 
 class Runtime:
-    """``whole_container``: an out-of-memory kill ends all of a container, as kubelets since 1.28 set it on cgroup v2, also on version 1."""
+    """``one_user``: this process has no other; ``name`` is that of its control groups."""
 
-    def __init__(self, requests: socket.socket, *, name: str, one_user: bool, whole_container: bool = False) -> None:
+    def __init__(self, requests: socket.socket, knobs: Knobs, *, name: str, one_user: bool) -> None:
         self._requests = requests
         self._requests.setblocking(False)
         self._name = name
         self._one_user = one_user
-        self._whole_container = whole_container
+        self._knobs = knobs
         self._cgroups: Cgroups | None = detect()
         self._waiting: dict[str, asyncio.Future[int]] = {}
         self._processes: dict[str, Process] = {}
@@ -114,6 +116,7 @@ class Runtime:
 
     def close(self) -> None:
         """The launcher ends, and with it all that it has started."""
+        asyncio.get_running_loop().remove_reader(self._requests.fileno())
         self._requests.close()
 
     def _new_name(self) -> str:
@@ -166,8 +169,8 @@ class Runtime:
             except OSError:
                 packet = b""
             if not packet:
-                asyncio.get_running_loop().remove_reader(self._requests.fileno())
-                return
+                sys.stderr.write("the launcher has died, and with it all that it has started\n")
+                os._exit(1)
             self._hear(json.loads(packet))
 
     def _hear(self, message: dict[str, Any]) -> None:
@@ -192,14 +195,14 @@ class Runtime:
         if self._cgroups.version == 2:
             with suppress(OSError):
                 (process.groups[0] / "memory.oom.group").write_text("1")
-        elif self._whole_container:
+        else:
             task = asyncio.get_running_loop().create_task(self._end_together(process))
             self._guards.add(task)
             task.add_done_callback(self._guards.discard)
 
     async def _end_together(self, process: Process) -> None:
         while not process.status.done():
-            if process.out_of_memory:
+            if self._knobs.whole_container and process.out_of_memory:
                 self.kill(process, 9)
                 return
             await asyncio.sleep(_OOM_POLL_S)

@@ -17,9 +17,9 @@ _IDLE = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"]
 
 def pod_spec(command: list[str] | None = None, **changes: Any) -> Json:
     """One container named ``sandbox`` that by default waits for its end; ``changes`` are of the Pod's spec."""
-    resources = {"limits": {"cpu": "1", "memory": "256Mi"}, "requests": {"cpu": "100m", "memory": "64Mi"}}
+    resources: Json = {"limits": {"cpu": "1", "memory": "256Mi"}, "requests": {"cpu": "100m", "memory": "64Mi"}}
     mounts = [{"name": "disk", "mountPath": path, "subPath": path.rpartition("/")[2]} for path in ("/workspace", "/tmp")]
-    container = {"name": "sandbox", "image": IMAGE, "command": command or _IDLE, "securityContext": _CONTEXT}
+    container: Json = {"name": "sandbox", "image": IMAGE, "command": command or _IDLE, "securityContext": _CONTEXT}
     container |= {"resources": resources, "volumeMounts": mounts, "workingDir": "/workspace"}
     return {
         "restartPolicy": "Never",
@@ -51,7 +51,7 @@ def job(name: str, spec: Json | None = None, *, labels: dict[str, str] | None = 
 def with_runner(spec: Json) -> Json:
     """The runner gets in by an init container and is PID 1."""
     place = {"name": "cifixer", "mountPath": "/run/cifixer/bin", "subPath": "bin"}
-    install = {"name": "install", "image": RUNNER_IMAGE, "command": ["/runner", "install", "/run/cifixer/bin/runner"]}
+    install: Json = {"name": "install", "image": RUNNER_IMAGE, "command": ["/runner", "install", "/run/cifixer/bin/runner"]}
     install |= {"securityContext": _CONTEXT, "resources": spec["containers"][0]["resources"], "volumeMounts": [place]}
     command = "/run/cifixer/bin/runner serve --socket /run/cifixer/channel/socket --spool /run/cifixer/spool --workspace /workspace"
     container = {**spec["containers"][0], "command": command.split()}

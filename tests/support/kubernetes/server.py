@@ -67,6 +67,8 @@ class ApiServer:
             return answer
         except ApiError as error:
             return web.json_response(error.body, status=error.code, headers=error.headers)
+        except ValueError as error:
+            return web.json_response(bad_request(str(error)).body, status=400)
 
     def _remember(self, transport: asyncio.Transport | None) -> None:
         if transport is not None and transport not in self.connections:
@@ -127,7 +129,11 @@ class ApiServer:
         if address.verb == "patch" and kind.patchable:
             if request.content_type not in _PATCHES:
                 raise ApiError(415, "UnsupportedMediaType", f"the body of the request was in an unknown format: {', '.join(_PATCHES)}")
-            return web.json_response(objects.patch(store, kind, namespace, address.name, await _body(request), dry_run=dry))
+            body = await _body(request)
+            if request.content_type == _PATCHES[1] and _has_list(body):
+                self.unknown.append(f"{request.method} {request.path_qs}")
+                raise bad_request("this stand-in merges no lists: send a merge patch")
+            return web.json_response(objects.patch(store, kind, namespace, address.name, body, dry_run=dry))
         if address.verb == "delete":
             return await self._delete(request, address, kind, namespace)
         if kind is NAMESPACES or address.verb in ("patch", "update", "deletecollection"):
@@ -306,6 +312,10 @@ class ApiServer:
         for watch in list(self.watches):
             watch.close()
         return len(self.watches)
+
+
+def _has_list(body: Any) -> bool:
+    return isinstance(body, list) or (isinstance(body, dict) and any(_has_list(value) for value in body.values()))
 
 
 def _no_route() -> str:

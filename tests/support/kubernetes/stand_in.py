@@ -116,6 +116,12 @@ class OwnStandIn:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> StandIn:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> StandIn:
         """Raises NotHereError."""
         self._directory.chmod(0o711)
         root = str(Path(__file__).parents[3])
@@ -135,9 +141,6 @@ class OwnStandIn:
         about = {"url": url, "one_user": told["one_user"], "limited": told["limited"], "tls": self._tls}
         (self._directory / "about.json").write_text(json.dumps(about))
         return StandIn.at(self._directory)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def log(self) -> str:
@@ -160,11 +163,12 @@ class OwnStandIn:
             raise RuntimeError(f"the stand-in did not end: {self.log[-2000:]}") from None
         finally:
             process.stdout.close()
-            _remove_groups(f"stand-in-{process.pid}")
+            remove_groups(f"stand-in-{self._directory.name}")
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _remove_groups(name: str) -> None:
+def remove_groups(name: str) -> None:
+    """Those of a stand-in that could not do it itself: ``name`` is ``stand-in-`` and its directory's."""
     from cifixer_exec.backends.local.cgroups import detect, kill_all, remove
 
     cgroups = detect()
