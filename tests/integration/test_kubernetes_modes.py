@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -38,6 +40,7 @@ from tests.support.kubernetes_admin import (
 from tests.support.kubernetes_cluster import RUNNER as RUNNER_VARIABLE
 from tests.support.kubernetes_cluster import is_real, role_rules, stand_in
 from tests.support.kubernetes_pods import delete_job, names_of, pod_of
+from tests.support.redis_proxy import RedisProxy
 
 CLAIM = "CIFIXER_TEST_KUBERNETES_VOLUME_CLAIM"
 
@@ -134,8 +137,6 @@ class TestDisks:
             assert sandbox.run_command("echo x > /var/tmp/f && cat /tmp/f && cd && pwd").text == "x\n/home/sandbox\n"
 
     def test_the_root_may_be_let_be_written(self, config: AppConfig) -> None:
-        if not is_real():
-            pytest.skip("the stand-in's root is this machine's and stays read-only: name a cluster in CIFIXER_TEST_KUBECONFIG")
         with create_sandbox(config, kubernetes_writable_root=True) as sandbox:
             assert "rw" in root_options(sandbox)
 
@@ -267,6 +268,32 @@ def test_a_worker_without_its_cluster_ends_with_one_line(tmp_path: Path, context
     assert "CIFIXER_KUBERNETES_KUBECONFIG" in critical[0]
 
 
+COUNTED = "echo ran >> count; for i in $(seq 40); do echo line $i; sleep 0.05; done"
+LINES = "".join(f"line {i}\n" for i in range(1, 41))
+
+
+@pytest.mark.parametrize(("fault", "seconds"), [("reset", ()), ("refuse", (2.0,)), ("stall", (2.0,))])
+def test_a_way_to_the_api_server_that_breaks_within_a_command_is_not_noticed(
+    config: AppConfig, tmp_path: Path, fault: str, seconds: tuple[float, ...]
+) -> None:
+    """As when it restarts, or a load balancer does."""
+    host = urlsplit(admin().credentials.host)
+    if host.hostname != "127.0.0.1" or host.port is None:
+        pytest.skip("the API server is elsewhere, and its certificate may not fit to a port of ours")
+    with closing(RedisProxy(host.port)) as proxy:
+        port = proxy.port()
+        way = yaml.safe_load(Path(config.kubernetes_kubeconfig).read_text())
+        way["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{port.number}"
+        (tmp_path / "k").write_text(yaml.safe_dump(way))
+        with create_sandbox(config, kubernetes_kubeconfig=str(tmp_path / "k")) as sandbox:
+            running = sandbox.start_command(COUNTED)
+            time.sleep(0.5)
+            asyncio.run(proxy.do(getattr(port, fault), *seconds))
+            result = running.wait()
+            assert (result.text, result.exit_code) == (LINES, 0)
+            assert sandbox.read_text("count") == "ran\n"
+
+
 @pytest.fixture
 def faulty(config: AppConfig) -> Iterator[AppConfig]:
     """A cluster that can be told to be at its worst, and is at its best again behind the test."""
@@ -277,9 +304,6 @@ def faulty(config: AppConfig) -> Iterator[AppConfig]:
     stand_in().order("set", protocols=["v5.channel.k8s.io", "v4.channel.k8s.io"], kubelet_websockets=True)
 
 
-COUNTED = "echo ran >> count; for i in $(seq 40); do echo line $i; sleep 0.05; done"
-
-
 class TestFaults:
     @pytest.mark.parametrize("how", [{"down_s": 0.0}, {"down_s": 1.5}], ids=["at once", "a while"])
     def test_an_api_server_that_restarts_within_a_command_is_not_noticed(self, faulty: AppConfig, how: dict[str, Any]) -> None:
@@ -288,7 +312,7 @@ class TestFaults:
             time.sleep(0.5)
             stand_in().order("restart", **how)
             result = running.wait()
-            assert (result.text, result.exit_code) == ("".join(f"line {i}\n" for i in range(1, 41)), 0)
+            assert (result.text, result.exit_code) == (LINES, 0)
             assert sandbox.read_text("count") == "ran\n"
 
     def test_channels_that_are_cut_again_and_again_lose_nothing(self, faulty: AppConfig) -> None:

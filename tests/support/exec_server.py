@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
 V5, V4 = "v5.channel.k8s.io", "v4.channel.k8s.io"
+SUCCESS: dict[str, Any] = {"metadata": {}, "status": "Success"}
 Talk = Callable[[web.WebSocketResponse], Awaitable[None]]
+
+
+def failure(**members: Any) -> dict[str, Any]:
+    """The Status of an exec that failed."""
+    return {"metadata": {}, "status": "Failure", **members}
+
+
+def non_zero(code: int) -> dict[str, Any]:
+    """That of one whose program ended with ``code``."""
+    causes = [{"reason": "ExitCode", "message": str(code)}]
+    said = f"command terminated with non-zero exit code: exit status {code}"
+    return failure(reason="NonZeroExitCode", message=said, details={"causes": causes})
 
 
 class Server:

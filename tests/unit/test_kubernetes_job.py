@@ -298,7 +298,7 @@ DIFFERENT: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {
     "signs": (lambda: NAMES.job("a.b"), lambda: NAMES.job("a_b")),
     "the end": (lambda: NAMES.job("x" * 60 + "1"), lambda: NAMES.job("x" * 60 + "2")),
     "namespaces": (lambda: Names("n").job("a"), lambda: Names("m").job("a")),
-    "the border between both": (lambda: Names("ab").job("c"), lambda: Names("a").job("bc")),
+    "the border between both": (lambda: Names("ab").seal("c"), lambda: Names("a").seal("bc")),
 }
 
 

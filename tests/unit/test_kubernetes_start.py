@@ -139,6 +139,7 @@ NOT_LET: dict[str, tuple[str, type[Exception]]] = {
     "Pod Security": ('pods "p" is forbidden: violates PodSecurity "restricted:latest": seccompProfile', SandboxStartError),
     "LimitRange": ('pods "p" is forbidden: maximum cpu usage per Container is 500m, but limit is 1', SandboxStartError),
     "webhook": ('admission webhook "policy.example" denied the request: no latest tags', SandboxStartError),
+    "an invalid Pod": ('Pod "p" is invalid: spec.containers[0].resources.requests: Invalid value: "2"', SandboxStartError),
     "service account": ('pods "p" is forbidden: error looking up service account ns/sa: serviceaccount "sa" not found', SandboxStartError),
 }
 UNDECIDED = (
@@ -187,6 +188,14 @@ def test_what_events_tell_before_the_status_does_is_heard(tmp_path: Path) -> Non
     api = Api([[("ADDED", pod({"waiting": {"reason": "PodInitializing"}}))]], told={f"pod-of-{JOB_UID}": [event]})
     assert f"its Pod does not start: InvalidImageName: {words}: correct the name" in str(failing(tmp_path, api))
     assert api.begun == 1
+
+
+def test_a_pull_that_fails_behind_an_init_container_has_no_longer_a_moment(tmp_path: Path) -> None:
+    """There the status says nothing for long, and the events say it again and again."""
+    event = {"reason": "Failed", "type": "Warning", "message": 'Failed to pull image "x": dial tcp: i/o timeout', "lastTimestamp": "2026"}
+    api = Api([[("ADDED", pod({"waiting": {"reason": "PodInitializing"}}))]], told={f"pod-of-{JOB_UID}": [event]})
+    assert 'ErrImagePull: Failed to pull image "x": dial tcp: i/o timeout' in str(failing(tmp_path, api))
+    assert MEND_S < api.now_s - 100 < MEND_S + 3
 
 
 def test_want_of_room_is_waited_for_and_then_told_in_the_schedulers_words(tmp_path: Path) -> None:

@@ -12,66 +12,18 @@ from typing import Any, TypeVar
 
 import pytest
 from aiohttp import WSMessage, WSMsgType, web
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cifixer_exec.backends.kubernetes import stream
 from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.credentials import Address
 from cifixer_exec.backends.kubernetes.refusals import RefusedError
-from cifixer_exec.backends.kubernetes.stream import ExecStatus, ExecTransport, exec_in
+from cifixer_exec.backends.kubernetes.stream import ExecTransport, exec_in
 from cifixer_exec.errors import BackendUnavailableError
-from tests.support.exec_server import V4, V5, Server, Talk, cut, serving
+from tests.support.exec_server import SUCCESS, V4, V5, Server, Talk, cut, failure, non_zero, serving
 from tests.support.kubeconfigs import kubeconfig
 
 T = TypeVar("T")
-SUCCESS = {"metadata": {}, "status": "Success"}
 MIB = 1 << 20
-
-
-def failure(**members: Any) -> dict[str, Any]:
-    return {"metadata": {}, "status": "Failure", **members}
-
-
-def non_zero(code: int) -> dict[str, Any]:
-    causes = [{"reason": "ExitCode", "message": str(code)}]
-    said = f"command terminated with non-zero exit code: exit status {code}"
-    return failure(reason="NonZeroExitCode", message=said, details={"causes": causes})
-
-
-STATUSES: dict[str, tuple[Any, ExecStatus]] = {
-    "success": (SUCCESS, ExecStatus(exit_code=0)),
-    "a code": (non_zero(7), ExecStatus(exit_code=7, message="command terminated with non-zero exit code: exit status 7")),
-    "internal": (
-        failure(reason="InternalError", message="error executing command: x"),
-        ExecStatus(exit_code=None, message="error executing command: x"),
-    ),
-    "reason only": (failure(reason="InternalError"), ExecStatus(exit_code=None, message="InternalError")),
-    "a code among others": (
-        failure(message="m", details={"causes": [{"reason": "x", "message": "9"}, {"reason": "ExitCode", "message": "137"}]}),
-        ExecStatus(exit_code=137, message="m"),
-    ),
-    "no details": (failure(details=None), ExecStatus(exit_code=None)),
-}
-
-
-@pytest.mark.parametrize("what", STATUSES)
-def test_a_status_says_how_an_exec_ended(what: str) -> None:
-    status, parsed = STATUSES[what]
-    assert ExecStatus.parse(json.dumps(status).encode()) == parsed
-
-
-@given(
-    st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda v: json.dumps(v).encode()))
-)
-def test_what_is_no_status_is_no_success(payload: bytes) -> None:
-    assert ExecStatus.parse(payload).exit_code is None
-
-
-@pytest.mark.parametrize("message", ["seven", "", None])
-def test_a_code_that_is_none_is_no_success(message: str | None) -> None:
-    causes = [{"reason": "ExitCode", "message": message}]
-    assert ExecStatus.parse(json.dumps(failure(details={"causes": causes})).encode()).exit_code is None
 
 
 def talking(
@@ -314,6 +266,19 @@ def test_sending_into_a_connection_that_broke_is_told_by_drain(tmp_path: Path) -
             await asyncio.wait_for(send_on(transport), 10)
 
     talking(tmp_path, talk, client)
+
+
+def test_sending_behind_the_end_is_told_by_drain_too(tmp_path: Path) -> None:
+    """Else who sends and drains in turn would do so for ever."""
+
+    async def client(transport: ExecTransport, server: Server) -> None:
+        with pytest.raises(ConnectionError):
+            await everything(transport, server)
+        transport.send(b"more")
+        with pytest.raises(ConnectionError):
+            await transport.drain()
+
+    talking(tmp_path, closed_without_status, client)
 
 
 def test_a_flood_waits_at_the_server_while_nobody_reads(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ TOLD: dict[str, tuple[list[Json], str, bool]] = {
     ),
     "an image that cannot be looked at": ([event("InspectFailed", "Failed to inspect image: timeout")], "ImageInspectError: Failed", False),
     "an image that is nowhere": ([PULLED, event("Failed", "Error: ErrImagePull")], "ErrImagePull: Failed to pull image", True),
+    "what is tried again": ([PULLED, event("Pulling", "Pulling image")], "", False),
     "a registry that does not answer": ([event("Failed", 'Failed to pull image "x": i/o timeout')], "ErrImagePull: Failed to pull", False),
     "an image that may not be pulled": (
         [event("ErrImageNeverPull", "not present with pull policy of Never")],
@@ -208,7 +209,15 @@ def test_an_orphan_lives_without_its_job() -> None:
     assert inspected(None, pod(sandbox=RUNNING, phase="Running")) == Inspection(alive=True)
 
 
+#: As the node controller leaves it: only what it may say itself has changed.
 NODE_LOST = [condition("Ready", "False", ""), condition("ContainersReady", "True", "")]
+
+
+def test_a_node_that_is_silent_for_a_while_is_no_death() -> None:
+    """It may come back; if not, the cluster deletes the Pod."""
+    assert inspected(ALIVE, pod(sandbox=RUNNING, phase="Running", conditions=NODE_LOST)) == Inspection(alive=True)
+
+
 DEATHS: dict[str, tuple[Json | None, Json | None, str]] = {
     "out of memory": (ALIVE, pod(sandbox=ended(137, "OOMKilled"), phase="Failed"), "out of memory"),
     "out of memory with code 0": (ALIVE, pod(sandbox=ended(0, "OOMKilled"), phase="Succeeded"), "out of memory"),

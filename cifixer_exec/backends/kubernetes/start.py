@@ -22,7 +22,9 @@ MEND_S = 15.0
 #: No two watches are nearer to each other.
 LEAST_WATCH_S = 0.5
 _LAST_EVENTS = 5
-#: In the words of a refused Pod: who was asked could not answer, or something was just being changed.
+#: In the words of a refused Pod: no second try will do. Webhooks and the API server's own checks say it without "forbidden".
+_DECIDED = ("forbidden", "denied the request", " is invalid")
+#: The same: who was asked could not answer, or something was just being changed.
 _UNDECIDED = ("cannot be fulfilled", "Internal error occurred", "timed out", "timeout", "connection refused")
 
 
@@ -83,7 +85,8 @@ class Start:
 
     def _judge(self, now: Verdict) -> None:
         self._last = now
-        self._mending_since_s = (self._mending_since_s or self.clock()) if now.soon else 0.0
+        if now.why:  # who says nothing, as behind an init container, does not say that it has mended itself
+            self._mending_since_s = (self._mending_since_s or self.clock()) if now.soon else 0.0
         if now.final or (now.soon and self.clock() - self._mending_since_s > MEND_S):
             raise self._failed(now, self._pod)
 
@@ -116,7 +119,7 @@ class Start:
         words = f"the cluster does not let its Pod be: {said[-1]}"
         if "exceeded quota" in words:
             raise CapacityError(words)
-        if ("forbidden" in words or "denied the request" in words) and not any(sign in words for sign in _UNDECIDED):
+        if any(sign in words for sign in _DECIDED) and not any(sign in words for sign in _UNDECIDED):
             raise SandboxStartError(words)
         return Verdict(soon=True, why=words)  # a webhook that did not answer, a quota that was just being changed: the Job tries again
 

@@ -74,6 +74,9 @@ def verdict_of_events(events: Iterable[Mapping[str, Any]]) -> Verdict:
             reason = "ErrImagePull"
         elif reason == "InspectFailed":
             reason = "InvalidImageName" if "couldn't parse image name" in said else "ImageInspectError"
+        elif reason in ("Pulling", "Pulled"):
+            found = Verdict()  # what went wrong before is tried again
+            continue
         elif reason != "ErrImageNeverPull":
             continue
         found = _waiting(reason, said) or found
