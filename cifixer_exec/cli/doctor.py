@@ -124,6 +124,9 @@ def _backend(config: AppConfig, *, needed: bool) -> Iterator[Finding]:
     if limits := health.details.get("limits"):
         remedy = health.details.get("limits_remedy", "")
         yield Finding(name="limits", ok="NOT limited" not in limits, summary=limits, remedy=remedy, needed=False)
+    for wish in ("runner image", "network policies"):
+        if wish in health.details:
+            yield Finding(name=wish, ok=False, summary=health.details[wish], remedy=health.details[f"{wish}_remedy"], needed=False)
 
 
 def _tried(name: str, look: Callable[[], str], *, needed: bool = True) -> Finding:

@@ -89,10 +89,11 @@ class KubernetesBackend(Backend):
             cluster = self._cluster
             details |= {"server": cluster.credentials.host, "placement": self.placement, "networks": ", ".join(self._options.networks)}
             if self._options.networks == ("cluster",):
-                details["networks_remedy"] = "kubectl apply -k k8s/sandboxes, and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
+                details["network policies"] = "nobody says that there are any: sandboxes reach whatever the cluster lets them"
+                details["network policies_remedy"] = "kubectl apply -k k8s/sandboxes, and set CIFIXER_KUBERNETES_NETWORK_POLICIES=true"
             if not self._options.runner_image:
-                details["runner"] = "uploaded into each Pod, where commands could replace it"
-                details["runner_remedy"] = "set CIFIXER_KUBERNETES_RUNNER_IMAGE to an image that has it at /runner"
+                details["runner image"] = "none: the runner is uploaded into each Pod, where commands could replace it"
+                details["runner image_remedy"] = "set CIFIXER_KUBERNETES_RUNNER_IMAGE to an image that has it at /runner"
             if lacking := rights.missing(cluster):
                 mend = "kubectl apply -f k8s/rbac/k8s.yaml"
                 summary = f"the Kubernetes API does not let us: {', '.join(lacking)} in namespace {cluster.namespace!r}"
