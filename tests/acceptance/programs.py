@@ -84,7 +84,7 @@ def up(user: User, *options: str) -> Iterator[Up]:
     directory = None
     try:
         assert process.stdout is not None
-        last = b"NAMESPACE" if "docker_local" in options else b"READONLY_PATHS"  # of what it tells to export
+        last = b"READONLY_PATHS" if "local" in options or "--backend" not in options else b"NAMESPACE"  # of what it tells to export
         told = read_until(process.stdout.fileno(), last + b"=[^\n]*\n", LIMIT_S).decode()
         exports = dict(re.findall(r"^export (\w+)=(.*)$", told, re.MULTILINE))
         directory = Path(exports["CIFIXER_REDIS_URL"].removeprefix("unix://")).parent

@@ -190,6 +190,15 @@ def test_what_events_tell_before_the_status_does_is_heard(tmp_path: Path) -> Non
     assert api.begun == 1
 
 
+def test_events_that_may_not_be_read_keep_nothing_from_starting(tmp_path: Path) -> None:
+    class Silent(Api):
+        def answer(self, asked: Asked) -> Reply:
+            return refusal(403, message="events is forbidden: cannot list") if asked.path.endswith("/events") else super().answer(asked)
+
+    with started(tmp_path, Silent([[("ADDED", pod(CREATING))], [("ADDED", pod(RUNNING))]])) as start:
+        start()
+
+
 def test_a_pull_that_fails_behind_an_init_container_has_no_longer_a_moment(tmp_path: Path) -> None:
     """There the status says nothing for long, and the events say it again and again."""
     event = {"reason": "Failed", "type": "Warning", "message": 'Failed to pull image "x": dial tcp: i/o timeout', "lastTimestamp": "2026"}

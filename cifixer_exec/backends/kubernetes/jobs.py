@@ -25,6 +25,8 @@ LOOK_S = 0.05
 MOST_LOOK_S = 0.2
 #: So long after its grace a Pod may still be there; then its node does not answer, and the cluster ends it when it does.
 DELETE_SLACK_S = 15.0
+#: Nothing is made, and what the operator's template has that no API knows is an error, which else is dropped in silence.
+_DRY_RUN = {"dryRun": "All", "fieldValidation": "Strict"}
 #: Conditions of a Job whose Pod has ended, or is about to be.
 _ENDS = ("Complete", "Failed", "FailureTarget", "SuccessCriteriaMet")
 
@@ -71,7 +73,7 @@ class Jobs:
         """
         doing = f"making the Job {manifest['metadata']['name']!r}"
         try:
-            return self.cluster.ask("POST", self.path, doing, query={"dryRun": "All"} if dry_run else None, body=manifest).document
+            return self.cluster.ask("POST", self.path, doing, query=_DRY_RUN if dry_run else None, body=manifest).document
         except RefusedError as error:
             if error.code == 409:  # it is there, or its namespace or quota has just been changed by somebody else
                 return None

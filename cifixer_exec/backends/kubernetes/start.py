@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -80,8 +81,14 @@ class Start:
         if not seen:
             self._judge(self._verdict_of_job())
         elif not self._last.why:
-            self._judge(verdict_of_events(self._events(str(self._pod["metadata"]["uid"]))))
+            self._judge(self._told_by_events())
         return False
+
+    def _told_by_events(self) -> Verdict:
+        """Nothing, where they cannot be had: they only tell sooner what the status will."""
+        with suppress(BackendUnavailableError):
+            return verdict_of_events(self._events(str(self._pod["metadata"]["uid"])))
+        return Verdict()
 
     def _judge(self, now: Verdict) -> None:
         self._last = now
