@@ -114,6 +114,35 @@ class TestWhoseItIs:
         finally:
             removed(f"{jobs_path()}/{names_of(config).job('taken')}")
 
+    def test_a_sandbox_that_was_made_anew_is_not_ended_by_the_handle_of_the_former_one(self, backend: KubernetesBackend) -> None:
+        former = backend.create(spec_of())
+        backend.destroy(former)
+        again = backend.create(spec_of())
+        backend.destroy(former)
+        assert backend.inspect(again).alive
+
+    def test_one_that_is_made_anew_within_a_destroy_stays(self, backend: KubernetesBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever destroys may stand still for as long as it likes between the Job and its Pods."""
+        former, delete = backend.create(spec_of()), Jobs._delete
+        made: list[SandboxHandle] = []
+
+        def deleting(self: Jobs, path: str, found: Json) -> None:
+            delete(self, path, found)
+            monkeypatch.setattr(Jobs, "_delete", delete)
+            made.append(backend.create(spec_of()))
+
+        monkeypatch.setattr(Jobs, "_delete", deleting)
+        backend.destroy(former)
+        (again,) = made
+        assert backend.inspect(again).alive
+        assert not backend.inspect(former).alive
+
+    def test_a_pod_goes_by_force_where_no_grace_is_wanted(self, config: AppConfig) -> None:
+        with create_sandbox(config.with_(kubernetes_grace_s=0), sandbox_id="one") as sandbox:
+            assert sandbox.run_command("echo on").text == "on\n"
+            assert job_of(config)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 0
+        assert listed(pods_path(), names_of(config).selector("one")) == []
+
     def test_a_namesake_that_comes_between_the_look_and_the_deletion_stays(
         self, config: AppConfig, backend: KubernetesBackend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
