@@ -20,7 +20,7 @@ from cifixer_exec.backends.kubernetes.job import BRIDGE, CONTAINER, KubernetesOp
 from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over, owner_of
 from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, Names, annotations_of, runner_token
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
-from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, exec_in
+from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, ExecEndedError, exec_in
 from cifixer_exec.backends.kubernetes.upload import open_channel
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
@@ -145,6 +145,8 @@ class KubernetesBackend(Backend):
                 except TimeoutError:
                     await self._check_there()
                     raise BackendUnavailableError(f"the Kubernetes API has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
+                except ExecEndedError:
+                    raise
                 except OSError as error:
                     cluster.breaker.heard(error)
                     raise

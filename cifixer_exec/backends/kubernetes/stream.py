@@ -52,6 +52,10 @@ class ExecStatus:
             return cls(exit_code=None, message=f"the status {payload[:100]!r} cannot be read")
 
 
+class ExecEndedError(ConnectionError):
+    """The exec has ended, or never began, and the API server said so: it is there, whatever has become of the container."""
+
+
 class ExecTransport:
     """A transport over the standard input and output of an exec."""
 
@@ -118,7 +122,7 @@ class ExecTransport:
         if self.status is None:
             raise ConnectionError("the connection to the Kubernetes API ended without a status")
         if self.status.exit_code != 0:
-            raise ConnectionError(self.said or self.status.message or f"it ended with exit code {self.status.exit_code}")
+            raise ExecEndedError(self.said or self.status.message or f"it ended with exit code {self.status.exit_code}")
         return b""
 
     def send(self, data: bytes) -> None:

@@ -9,6 +9,7 @@ from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.job import BIN, BRIDGE, CONTAINER
 from cifixer_exec.backends.kubernetes.stream import ExecTransport, exec_in
 from cifixer_exec.backends.runner import runner_path
+from cifixer_exec.backends.threads import asking
 from cifixer_exec.errors import BackendError, SandboxStartError
 
 UPLOAD_TIMEOUT_S = 30.0
@@ -52,7 +53,7 @@ async def open_channel(cluster: Cluster, pod: str) -> ExecTransport:
 async def send_runner(transport: ExecTransport, machine: str) -> None:
     """Answer the script. ``machine``: as ``uname -m`` has said there."""
     try:
-        program = await asyncio.to_thread(_program, machine)
+        program = await asking(_program, machine)
     except BackendError as error:
         raise SandboxStartError(f"the Pod's node is a machine {machine!r}: {error}", error.code) from None
     transport.send(f"{len(program)}\n".encode())
