@@ -104,26 +104,26 @@ def test_the_image_and_the_sizes_are_those_that_were_promised() -> None:
     made = container()
     assert made["image"] == DEFAULT_IMAGE == "nikolaik/python-nodejs:python3.11-nodejs20-bullseye"
     assert made["resources"] == {
-        "limits": {"cpu": "1000m", "memory": str(2048 * MIB)},
-        "requests": {"cpu": "250m", "memory": str(512 * MIB)},
+        "limits": {"cpu": "1", "memory": "2Gi"},
+        "requests": {"cpu": "250m", "memory": "512Mi"},
     }
 
 
 def test_what_a_spec_asks_for_goes_before_the_options() -> None:
     made = container(KubernetesOptions(image="of:options"), image="of:spec", cpus=2.5, memory_bytes=300 * MIB)
     assert made["image"] == "of:spec"
-    assert made["resources"]["limits"] == {"cpu": "2500m", "memory": str(300 * MIB)}
+    assert made["resources"]["limits"] == {"cpu": "2500m", "memory": "300Mi"}
     assert container(KubernetesOptions(image="of:options"))["image"] == "of:options"
 
 
 def test_nobody_requests_more_than_its_limit() -> None:
     requests = container(cpus=0.01, memory_bytes=64 * MIB)["resources"]["requests"]
-    assert requests == {"cpu": "10m", "memory": str(64 * MIB)}
+    assert requests == {"cpu": "10m", "memory": "64Mi"}
 
 
 def test_requests_are_the_operators() -> None:
     requests = container(KubernetesOptions(cpu_request=0.5, memory_request_bytes=MIB), cpus=4)["resources"]["requests"]
-    assert requests == {"cpu": "500m", "memory": str(MIB)}
+    assert requests == {"cpu": "500m", "memory": "1Mi"}
 
 
 def hardened(containers: list[Json], *, read_only: bool) -> bool:
@@ -215,8 +215,8 @@ def test_with_a_runner_image_it_comes_before_the_sandbox_and_as_another_user() -
 
 
 def test_one_disk_of_a_true_size_is_behind_all_that_can_be_written() -> None:
-    assert volume("disk", disk_bytes=100 * MIB)["emptyDir"] == {"medium": "Memory", "sizeLimit": str(100 * MIB)}
-    assert volume("disk")["emptyDir"]["sizeLimit"] == str(1536 * MIB)
+    assert volume("disk", disk_bytes=100 * MIB)["emptyDir"] == {"medium": "Memory", "sizeLimit": "100Mi"}
+    assert volume("disk")["emptyDir"]["sizeLimit"] == "1536Mi"
     on_disk = {path for path, m in mounts().items() if m["name"] == "disk"}
     assert on_disk == {"/workspace", "/home/sandbox", "/tmp", "/var/tmp"}
     assert mounts()["/tmp"]["subPath"] == mounts()["/var/tmp"]["subPath"]
@@ -229,7 +229,7 @@ def test_a_disk_that_does_not_fit_into_the_memory_is_refused() -> None:
 
 def test_the_nodes_disk_has_a_wide_limit_and_the_runners_stays_in_memory() -> None:
     options = KubernetesOptions(disk="node")
-    assert volume("disk", options)["emptyDir"] == {"sizeLimit": str(16 << 30)}
+    assert volume("disk", options)["emptyDir"] == {"sizeLimit": "16Gi"}
     assert volume("cifixer", options)["emptyDir"]["medium"] == "Memory"
 
 

@@ -221,28 +221,36 @@ def _hardened(*, read_only: bool) -> dict[str, Any]:
 def _resources(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -> dict[str, Any]:
     cpus = spec.cpus or DEFAULT_CPUS
     return {
-        "limits": {"cpu": _milli(cpus), "memory": str(memory_bytes)},
+        "limits": {"cpu": _milli(cpus), "memory": _bytes(memory_bytes)},
         "requests": {
             "cpu": _milli(min(cpus, options.cpu_request)),
-            "memory": str(min(memory_bytes, options.memory_request_bytes)),
+            "memory": _bytes(min(memory_bytes, options.memory_request_bytes)),
         },
     }
 
 
 def _milli(cpus: float) -> str:
-    return f"{max(1, round(cpus * 1000))}m"
+    return str(int(cpus)) if cpus == int(cpus) else f"{max(1, round(cpus * 1000))}m"
+
+
+def _bytes(size: int) -> str:
+    """As people write it, where it comes out even."""
+    for unit, name in ((1024 * MIB, "Gi"), (MIB, "Mi")):
+        if size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
 
 
 def _volumes(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -> list[dict[str, Any]]:
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
     spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
-    disk: dict[str, Any] = {"medium": "Memory", "sizeLimit": str(size)}
+    disk: dict[str, Any] = {"medium": "Memory", "sizeLimit": _bytes(size)}
     if options.disk == "node":
-        disk = {"sizeLimit": str(NODE_DISK_BYTES)}
+        disk = {"sizeLimit": _bytes(NODE_DISK_BYTES)}
     volumes = [
         {"name": "disk", "emptyDir": disk},
-        {"name": "cifixer", "emptyDir": {"medium": "Memory", "sizeLimit": str(spool + _RUNNER_BYTES)}},
-        {"name": "dev-shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(_SHM_BYTES)}},
+        {"name": "cifixer", "emptyDir": {"medium": "Memory", "sizeLimit": _bytes(spool + _RUNNER_BYTES)}},
+        {"name": "dev-shm", "emptyDir": {"medium": "Memory", "sizeLimit": _bytes(_SHM_BYTES)}},
         {"name": "accounts", "downwardAPI": {"items": [_file(named.PASSWD, "passwd"), _file(named.GROUP, "group")]}},
     ]
     if options.volume_claim:
