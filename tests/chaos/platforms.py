@@ -108,6 +108,7 @@ class KubernetesCluster:
     def __init__(self, session: ContractSession, config: AppConfig) -> None:
         self._session = session
         self._config = config
+        self._before = {} if is_real() else stand_in().order("left")  # other tests' may be going
         self._bystanders = kubernetes_bystanders.Bystanders(config)
         self._harmed: list[str] = []
 
@@ -130,7 +131,8 @@ class KubernetesCluster:
         """What is left when kubelet and garbage collector had a moment; the zygote of its Pods stays."""
         give_up = time.monotonic() + _SETTLE_S
         while time.monotonic() < give_up:
-            left: dict[str, list[str]] = {k: [str(v) for v in stand_in().order("left")[k]] for k in ("jobs", "pods", "mounts", "groups")}
+            now = stand_in().order("left")
+            left = {k: [str(v) for v in now[k] if v not in self._before[k]] for k in ("jobs", "pods", "mounts", "groups")}
             if not any(left.values()):
                 break
             time.sleep(0.2)

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ class TestWhoseItIs:
         (again,) = made
         assert backend.inspect(again).alive
         assert not backend.inspect(former).alive
+
+    def test_what_is_torn_down_while_it_starts_is_not_made_again(self, config: AppConfig, backend: KubernetesBackend) -> None:
+        """Neither by who made it, nor by who has adopted it and waits as well."""
+        nowhere = backend_of(config, kubernetes_cpu_request=10_000.0)
+        with ThreadPoolExecutor(2) as threads:
+            starts = [threads.submit(nowhere.create, spec_of(cpus=10_000.0)) for _ in range(2)]
+            wait_for(lambda: found(job_path(config, "one")) is not None)
+            time.sleep(1.5)  # both are waiting
+            backend.destroy(SandboxHandle(backend="kubernetes", sandbox_id="one", placement=backend.placement))
+            for start in starts:
+                with pytest.raises(SandboxStartError, match="deleted"):
+                    start.result(timeout=30)
+        assert ids(backend) == []
 
     def test_a_pod_goes_by_force_where_no_grace_is_wanted(self, config: AppConfig) -> None:
         with create_sandbox(config.with_(kubernetes_grace_s=0), sandbox_id="one") as sandbox:

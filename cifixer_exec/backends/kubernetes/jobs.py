@@ -95,10 +95,11 @@ class Jobs:
             try:
                 return job_uid, Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
             except SandboxStartError as error:
+                unwanted = self._is_deleted(sandbox_id, job_uid)
                 self._undo(sandbox_id, job_uid)
                 passing = isinstance(error, PassingError)
                 # One that was there may just have died, which its Job learns a moment later: it gives way like those that are over.
-                if not (passing or adopted) or attempt == STARTS or time.monotonic() > deadline_s:
+                if unwanted or not (passing or adopted) or attempt == STARTS or time.monotonic() > deadline_s:
                     raise _about(sandbox_id, error, f" (after {attempt} starts)" if attempt > 1 else "") from None
                 time.sleep(START_PAUSE_S * attempt * (0.5 + random.random()) if passing else 0.0)  # noqa: S311  # only spreads them
             except BaseException as error:
@@ -108,6 +109,11 @@ class Jobs:
                     raise _about(sandbox_id, error) from None
                 raise
         raise AssertionError  # the last one returns or raises
+
+    def _is_deleted(self, sandbox_id: str, job_uid: str) -> bool:
+        """Whether somebody has deleted the Job: to make another would bring back what a teardown has just ended."""
+        job = self.find(sandbox_id)
+        return job is None or job["metadata"]["uid"] != job_uid or bool(job["metadata"].get("deletionTimestamp"))
 
     def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
         """The Job, and whether it was there. A dead one, or one that is going, gives way."""

@@ -64,7 +64,7 @@ class TestFaults:
         cluster.order("cut_next_exec", after_frames=1)
         done = run("sh", "-c", "cat > /workspace/got; sleep 5", stdin=b"it was taken")
         assert done.status is None
-        assert bytes(run("cat", "/workspace/got").stdout) == b"it was taken"
+        until(lambda: bytes(run("cat", "/workspace/got").stdout) == b"it was taken")
 
     def test_watches_are_dropped(self, cluster: StandIn, core: Any) -> None:
         stream = watch.Watch().stream(core.list_namespaced_pod, NS, timeout_seconds=30)
