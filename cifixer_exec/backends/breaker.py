@@ -108,6 +108,13 @@ class Breaker:
             raise
         self.succeeded()
 
+    def look(self) -> None:
+        """Find out now whether the platform is there: for who got no answer that may be the fault of one sandbox. Raises nothing of it."""
+        try:
+            self._probe()
+        except BackendUnavailableError as error:
+            self.heard(error)
+
     def _is_to_probe(self) -> bool:
         with self._lock:
             if self._state is BreakerState.CLOSED:

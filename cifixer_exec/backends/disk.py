@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from cifixer_exec.errors import InvalidRequestError
+from cifixer_exec.model import MIB
 
 #: Of the memory, what files may take at the most unless somebody asks for more; the rest is for programs.
 _SHARE = 0.75
+_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 
 
 def disk_size_bytes(asked_bytes: float | None, *, memory_bytes: float | None, most_bytes: int) -> int:
@@ -22,3 +24,8 @@ def disk_size_bytes(asked_bytes: float | None, *, memory_bytes: float | None, mo
             "ask for more memory or a smaller disk (Docker: or set CIFIXER_DOCKER_DISK=volume)"
         )
     return int(asked_bytes)
+
+
+def spool_size_bytes(disk_bytes: int) -> int:
+    """What the runner has for the output of commands, beside a disk of that size."""
+    return min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk_bytes // 2))

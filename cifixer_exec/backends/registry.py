@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,24 @@ from cifixer_exec.backends.base import Backend
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.errors import BackendUnavailableError, InvalidRequestError
 from cifixer_exec.settings import AppConfig
+
+#: Of the time that somebody waits for a sandbox, so that he hears why it does not start, and not only that.
+_SHARE_OF_START = 0.9
+
+
+@contextmanager
+def _of_extra(extra: str, backend: str) -> Iterator[None]:
+    """Around the imports of a backend that not everybody has installed. Raises BackendUnavailableError where it is not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        mend = f"install the {extra!r} extra (pip install 'cifixer-exec[{extra}]')"
+        raise BackendUnavailableError(f"backend {backend!r} needs the package {error.name!r}: {mend}", mend) from None
+
+
+def _labelled(config: AppConfig) -> str:
+    """Direct sandboxes are in no registry: a reaper must not take them for orphans."""
+    return f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace
 
 
 def _local(config: AppConfig) -> Backend:
@@ -29,11 +48,8 @@ def _local(config: AppConfig) -> Backend:
 
 
 def _docker_local(config: AppConfig) -> Backend:
-    try:
+    with _of_extra("docker", "docker_local"):
         from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
-    except ModuleNotFoundError as error:
-        mend = "install the 'docker' extra (pip install 'cifixer-exec[docker]')"
-        raise BackendUnavailableError(f"backend 'docker_local' needs the package {error.name!r}: {mend}", mend) from None
 
     options = DockerOptions(
         runtime=config.docker_runtime,
@@ -44,19 +60,15 @@ def _docker_local(config: AppConfig) -> Backend:
     )
     return DockerBackend(
         address=Address(host=config.docker_host, cert_path=config.docker_cert_path),
-        # Direct sandboxes are in no registry: a reaper must not take them for orphans.
-        namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
+        namespace=_labelled(config),
         options=replace(options, image=config.image) if config.image else options,
     )
 
 
 def _kubernetes(config: AppConfig) -> Backend:
-    try:
+    with _of_extra("kubernetes", "kubernetes"):
         from cifixer_exec.backends.kubernetes import Address, KubernetesBackend, KubernetesOptions
         from cifixer_exec.backends.kubernetes.template import read
-    except ModuleNotFoundError as error:
-        mend = "install the 'kubernetes' extra (pip install 'cifixer-exec[kubernetes]')"
-        raise BackendUnavailableError(f"backend 'kubernetes' needs the package {error.name!r}: {mend}", mend) from None
 
     options = KubernetesOptions(
         service_account=config.kubernetes_service_account,
@@ -70,20 +82,16 @@ def _kubernetes(config: AppConfig) -> Backend:
         priority_class=config.kubernetes_priority_class,
         network_policies=config.kubernetes_network_policies,
         grace_s=config.kubernetes_grace_s,
-        # Who waits for the sandbox shall hear why it does not start, and not only that.
         start_timeout_s=config.start_timeout_s * _SHARE_OF_START,
         pod_template=read(config.kubernetes_pod_template),
     )
     return KubernetesBackend(
         address=Address(kubeconfig=config.kubernetes_kubeconfig, context=config.kubernetes_context, namespace=config.kubernetes_namespace),
-        # Direct sandboxes are in no registry: a reaper must not take them for orphans.
-        namespace=f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace,
+        namespace=_labelled(config),
         cluster_name=config.kubernetes_cluster,
         options=replace(options, image=config.image) if config.image else options,
     )
 
-
-_SHARE_OF_START = 0.9
 
 #: They follow behind the same contract.
 PLANNED = ("e2b",)

@@ -127,8 +127,8 @@ class TestWhoseItIs:
         former, delete = backend.create(spec_of()), Jobs._delete
         made: list[SandboxHandle] = []
 
-        def deleting(self: Jobs, path: str, found: Json) -> None:
-            delete(self, path, found)
+        def deleting(self: Jobs, path: str, found: Json, **options: Any) -> None:
+            delete(self, path, found, **options)
             monkeypatch.setattr(Jobs, "_delete", delete)
             made.append(backend.create(spec_of()))
 

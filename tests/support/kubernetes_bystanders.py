@@ -14,7 +14,7 @@ class Bystanders:
 
     def __init__(self, config: AppConfig) -> None:
         self._cluster = cluster_of(config)
-        self._path = f"/apis/batch/v1/namespaces/{self._cluster.namespace}/jobs"
+        self._path = self._cluster.path("jobs")
         ours = names_of(config)
         theirs = Names(f"{config.namespace}-of-others")
         wanted = {

@@ -35,7 +35,7 @@ def names_of(config: AppConfig) -> Names:
 def pod_of(config: AppConfig, sandbox_id: str) -> dict[str, Any]:
     """The Pod of a sandbox."""
     cluster = cluster_of(config)
-    path = f"/api/v1/namespaces/{cluster.namespace}/pods"
+    path = cluster.path("pods")
     (page,) = cluster.pages(path, "looking", selector=names_of(config).selector(sandbox_id))
     return next(pod for pod in page if not pod["metadata"].get("deletionTimestamp"))
 
@@ -89,7 +89,7 @@ def disrupt(config: AppConfig, sandbox_id: str, *, what: str) -> None:
 def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Background") -> None:
     """As ``kubectl delete job`` does it; with its Pod, until that has ended."""
     cluster, job = cluster_of(config), names_of(config).job(sandbox_id)
-    cluster.delete(f"/apis/batch/v1/namespaces/{cluster.namespace}/jobs/{job}", "deleting", {"propagationPolicy": propagation})
+    cluster.delete(cluster.path("jobs", job), "deleting", {"propagationPolicy": propagation})
     if propagation == "Background":
         wait_ended(config, sandbox_id)
 
@@ -97,7 +97,7 @@ def delete_job(config: AppConfig, sandbox_id: str, *, propagation: str = "Backgr
 def wait_ended(config: AppConfig, sandbox_id: str) -> None:
     """Until nothing of it runs any more, by its status: before, it works on, and says so."""
     cluster = cluster_of(config)
-    path, give_up = f"/api/v1/namespaces/{cluster.namespace}/pods", time.monotonic() + _GONE_S
+    path, give_up = cluster.path("pods"), time.monotonic() + _GONE_S
     while time.monotonic() < give_up:
         pages = cluster.pages(path, "looking", selector=names_of(config).selector(sandbox_id))
         if not any(is_running(pod) for page in pages for pod in page):
@@ -108,5 +108,5 @@ def wait_ended(config: AppConfig, sandbox_id: str) -> None:
 def delete_pod(config: AppConfig, sandbox_id: str, *, grace_s: int = 1) -> None:
     """As ``kubectl delete pod`` does it, until it has ended."""
     cluster, pod = cluster_of(config), pod_of(config, sandbox_id)["metadata"]["name"]
-    cluster.delete(f"/api/v1/namespaces/{cluster.namespace}/pods/{pod}", "deleting", {"gracePeriodSeconds": grace_s})
+    cluster.delete(cluster.path("pods", pod), "deleting", {"gracePeriodSeconds": grace_s})
     wait_ended(config, sandbox_id)

@@ -17,9 +17,9 @@ from cifixer_exec.backends.kubernetes.job import (
     KubernetesOptions,
     check_image,
     manifest,
-    user_id,
 )
 from cifixer_exec.backends.kubernetes.names import Names, runner_token
+from cifixer_exec.backends.limits import user_id
 from cifixer_exec.errors import InvalidRequestError
 from cifixer_exec.model import MIB, SandboxSpec
 

@@ -22,6 +22,7 @@ from cifixer_exec.backends.docker_local.death import REMOVED, cause_of_death
 from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, SET_AT, TOKEN, Names
 from cifixer_exec.backends.docker_local.networks import possible_networks
 from cifixer_exec.backends.docker_local.stream import DIAL_TIMEOUT_S, RefusedError, dial_exec
+from cifixer_exec.backends.readings import number
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
 from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
@@ -131,10 +132,7 @@ class DockerBackend(Backend):
             except TimeoutError:
                 # One that is slow tells nothing of the sandbox, which would count as lost and be removed. And one sandbox whose execs hang
                 # must not open the breaker for all others, so whether the daemon is there is asked for apart.
-                try:
-                    await asking(daemon.ping)
-                except BackendUnavailableError as error:
-                    daemon.breaker.heard(error)
+                await asking(daemon.breaker.look)
                 raise BackendUnavailableError(f"the Docker daemon has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
             except OSError as error:
                 daemon.breaker.heard(error)
@@ -172,11 +170,11 @@ class DockerBackend(Backend):
         for container in containers:
             labels = container["Labels"]
             sandbox_id = labels[SANDBOX_ID]
-            created = _number(labels.get(CREATED_AT), float(container["Created"]))
-            expires = _number({**labels, **moved.pop(sandbox_id, {})}.get(EXPIRES_AT), created)
+            created = number(labels.get(CREATED_AT), float(container["Created"]))
+            expires = number({**labels, **moved.pop(sandbox_id, {})}.get(EXPIRES_AT), created)
             found[sandbox_id] = self._owned(sandbox_id, created, expires, labels.get(TOKEN, ""))
         for sandbox_id, labels in moved.items():  # their containers were removed by somebody else
-            found[sandbox_id] = self._owned(sandbox_id, _number(labels.get(CREATED_AT), _number(labels.get(SET_AT), 0.0) / 1e9), 0.0)
+            found[sandbox_id] = self._owned(sandbox_id, number(labels.get(CREATED_AT), number(labels.get(SET_AT), 0.0) / 1e9), 0.0)
         return list(found.values())
 
     def _owned(self, sandbox_id: str, created_at_s: float, expires_at_s: float, token: str = "") -> Owned:
@@ -206,10 +204,3 @@ class DockerBackend(Backend):
             dead = (owned for owned in old if not self.inspect(owned.handle).alive)
             for owned in islice(dead, LITTER_MOST):
                 self.destroy(owned.handle)
-
-
-def _number(text: str | None, otherwise: float) -> float:
-    try:
-        return float(text) if text is not None else otherwise
-    except ValueError:
-        return otherwise

@@ -20,6 +20,7 @@ from cifixer_exec.backends.docker_local.names import CREATED_AT, EXPIRES_AT, TOK
 from cifixer_exec.backends.docker_local.networks import network_mode
 from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS, explanation, remedy, translate
 from cifixer_exec.backends.docker_local.volumes import Volumes
+from cifixer_exec.backends.limits import user_id
 from cifixer_exec.errors import (
     BackendError,
     BackendUnavailableError,
@@ -200,7 +201,7 @@ class Containers:
             read_only=not (options.writable_root or token),
             as_root=bool(token),
         )
-        uid = layout.ROOT if token else layout.user_id(self.names.container(spec.sandbox_id), few_ids=facts.few_ids)
+        uid = layout.ROOT if token else user_id(self.names.container(spec.sandbox_id), few_ids=facts.few_ids)
         return {
             "command": layout.serve_command(spec, uid=uid),
             "entrypoint": [layout.RUNNER],

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from typing import Any
 
 from cifixer_exec.backends.docker_local.daemon import Daemon
 from cifixer_exec.backends.docker_local.vendor_errors import VENDOR_ERRORS
+from cifixer_exec.backends.readings import unix_time
 from cifixer_exec.errors import BackendUnavailableError
 
 #: Exit codes of the container: SIGKILL, SIGTERM; of the runner: its lifetime ended.
@@ -45,7 +45,7 @@ def cause_of_death(daemon: Daemon, found: Mapping[str, Any]) -> str:
 
 
 def _cause_of_kill(daemon: Daemon, found: Mapping[str, Any]) -> str:
-    ended_at_s = _unix_time(str(found["State"].get("FinishedAt") or ""))
+    ended_at_s = unix_time(str(found["State"].get("FinishedAt") or ""))
     happened = _events(daemon, str(found["Id"]), ended_at_s)
     asked_for = "kill" in happened
     if not asked_for and ("oom" in happened or found["State"].get("OOMKilled")):
@@ -81,10 +81,3 @@ def _last_words(daemon: Daemon, container: str) -> str:
     with suppress(*VENDOR_ERRORS):
         return bytes(daemon.api.logs(container, tail=5)).decode("utf-8", "replace").strip()[-1500:]
     return ""
-
-
-def _unix_time(text: str) -> float:
-    """Of an RFC 3339 time with nanoseconds; 0 where there is none."""
-    with suppress(ValueError):
-        return datetime.fromisoformat(text).timestamp()
-    return 0.0

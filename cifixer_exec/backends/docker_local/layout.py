@@ -6,11 +6,11 @@ them together, on any storage driver. The links, like the runner, are in the pre
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from cifixer_exec.backends.disk import disk_size_bytes
+from cifixer_exec.backends.disk import disk_size_bytes, spool_size_bytes
 from cifixer_exec.backends.docker_local.daemon import Facts
+from cifixer_exec.backends.limits import limit_arguments, max_processes, root_arguments
 from cifixer_exec.model import MIB, SandboxSpec
 
 RUNNER = "/run/cifixer/runner"
@@ -27,17 +27,12 @@ LINKS = {WORKSPACE: f"{DISK}/workspace", HOME: f"{DISK}/home", TMP: f"{DISK}/tmp
 DEFAULT_CPUS = 1.0
 DEFAULT_MEMORY_BYTES = 2048 * MIB
 MOST_DISK_BYTES = 4096 * MIB
-DEFAULT_MAX_PROCESSES = 512
 #: The most that the runner and its supervisors can need of the pids controller, which counts threads; the exact limit on
 #: what *commands* may have is the runner's (RLIMIT_NPROC), this one stops whoever gets around it.
 RUNNER_THREADS = 1024
 #: The same where commands are root: there the kernel counts nobody's processes, so this limit is the only one and may not be that wide.
 ROOT_RUNNER_THREADS = 128
-MAX_OPEN_FILES = 65_536
-#: At once in one sandbox; each has a supervisor with about a dozen threads.
-MAX_COMMANDS = 64
 _SHM_BYTES = 256 * MIB
-_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 #: To become the sandbox's user and give it its directories; the runner has none of them left when it starts a command.
 CAPABILITIES = ["CHOWN", "SETGID", "SETUID"]
 #: What apt, dnf, apk, pip and npm need as root: files of any owner, their own unprivileged user, and for the runner to end such processes.
@@ -51,30 +46,14 @@ BRIDGE = [RUNNER, "bridge", "--socket", SOCKET]
 BRIDGE_USER = "0:0"
 
 
-def user_id(container: str, *, few_ids: bool) -> int:
-    """Each sandbox has a user id of its own, because the kernel counts a user's processes over all containers of a host.
-
-    ``few_ids``: where containers have 65,536 ids that are mapped, two sandboxes can meet by chance; they would share one process limit.
-    """
-    first, count = (10_000, 50_000) if few_ids else (0x7000_0000, 0x0F00_0000)
-    return first + int.from_bytes(hashlib.sha256(container.encode()).digest()[:8], "big") % count
-
-
 def serve_command(spec: SandboxSpec, *, uid: int) -> list[str]:
     """The arguments of the runner as PID 1. ``uid`` :data:`ROOT`: commands keep what the container may do."""
     command = ["serve", "--socket", SOCKET, "--keep-socket", "--spool", SPOOL, "--volatile-spool", "--disk", DISK]
     command += ["--workspace", WORKSPACE, "--user", f"{uid}:{uid}", "--account", f"{IMAGE_PASSWD}:{PASSWD}"]
-    for root in (WORKSPACE, TMP, HOME):
-        command += ["--allow-root", root]
+    command += root_arguments(WORKSPACE, TMP, HOME)
     if uid == ROOT:
         command += ["--keep-capabilities", "--token-env", TOKEN]
-    return [
-        *command,
-        *("--max-processes", str(int(spec.max_processes or DEFAULT_MAX_PROCESSES))),
-        *("--max-commands", str(MAX_COMMANDS)),
-        *("--max-open-files", str(MAX_OPEN_FILES)),
-        *("--expires-in", f"{spec.lifetime_s:.3f}"),
-    ]
+    return [*command, *limit_arguments(spec)]
 
 
 def environment(of_image: list[str]) -> dict[str, str]:
@@ -88,7 +67,7 @@ def environment(of_image: list[str]) -> dict[str, str]:
 def tmpfs(spec: SandboxSpec, *, memory_bytes: int | None, disk: bool, limit_inodes: bool, of_image: tuple[str, ...]) -> dict[str, str]:
     """All that a sandbox can write; it counts as the container's memory. An empty file costs about 1 KiB, so inodes are limited, too."""
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
-    spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
+    spool = spool_size_bytes(size)
     writable = f"rw,exec,nosuid,nodev,size={size}" + (f",nr_inodes={size // 4096 + 16384}" if limit_inodes else "")
     return {
         **dict.fromkeys(of_image, writable),
@@ -122,7 +101,7 @@ def host_config(
         limits["nano_cpus"] = int((spec.cpus or DEFAULT_CPUS) * 1e9)
     if facts.max_processes:
         own = ROOT_RUNNER_THREADS if as_root else RUNNER_THREADS
-        limits["pids_limit"] = int(spec.max_processes or DEFAULT_MAX_PROCESSES) + own
+        limits["pids_limit"] = max_processes(spec) + own
     return {
         **limits,
         "auto_remove": False,  # it would take the cause of death along

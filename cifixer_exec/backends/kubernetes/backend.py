@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
 from typing import Any
 
 from cifixer_exec.backends.base import Backend, Owned
@@ -17,11 +16,13 @@ from cifixer_exec.backends.kubernetes import death, rights
 from cifixer_exec.backends.kubernetes.cluster import METADATA_ONLY, Answer, Cluster, cluster_at
 from cifixer_exec.backends.kubernetes.credentials import Address
 from cifixer_exec.backends.kubernetes.job import BRIDGE, CONTAINER, KubernetesOptions, check_image, manifest
-from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over, owner_of
+from cifixer_exec.backends.kubernetes.jobs import Jobs, is_over
 from cifixer_exec.backends.kubernetes.names import CREATED_AT, EXPIRES_AT, SANDBOX_ID, Names, annotations_of, runner_token
+from cifixer_exec.backends.kubernetes.objects import is_going, owner_of, status_of, uid_of
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.stream import DIAL_TIMEOUT_S, ExecEndedError, exec_in
 from cifixer_exec.backends.kubernetes.upload import open_channel
+from cifixer_exec.backends.readings import number, unix_time
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
 from cifixer_exec.errors import BackendUnavailableError, ExecutorError, SandboxLostError
@@ -116,7 +117,7 @@ class KubernetesBackend(Backend):
         check_id(spec.sandbox_id, "sandbox id")
         check_image(spec.image or self._options.image)
         job_uid, pod = self._jobs.make(spec.sandbox_id, lambda: self._manifest(spec))
-        data = {JOB_UID: job_uid, POD: pod["metadata"]["name"], POD_UID: pod["metadata"]["uid"]}
+        data = {JOB_UID: job_uid, POD: pod["metadata"]["name"], POD_UID: uid_of(pod)}
         return self._handle(spec.sandbox_id, data)
 
     def _manifest(self, spec: SandboxSpec) -> dict[str, Any]:
@@ -143,7 +144,8 @@ class KubernetesBackend(Backend):
                         raise await self._no_exec(handle, error) from None
                     await asking(cluster.log_in_again, refused)
                 except TimeoutError:
-                    await self._check_there()
+                    # One sandbox whose execs hang must not open the breaker for all others.
+                    await asking(cluster.breaker.look)
                     raise BackendUnavailableError(f"the Kubernetes API has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
                 except ExecEndedError:
                     raise
@@ -178,13 +180,6 @@ class KubernetesBackend(Backend):
             return BackendUnavailableError(f"the API server does not reach the sandbox's node: {error}")
         return ConnectionError(str(error))
 
-    async def _check_there(self) -> None:
-        """One sandbox whose execs hang must not open the breaker for all others."""
-        try:
-            await asking(self._cluster.ping)
-        except BackendUnavailableError as error:
-            self._cluster.breaker.heard(error)
-
     def destroy(self, handle: SandboxHandle) -> None:
         self._check_cluster(handle)
         job_uid = str(handle.data.get(JOB_UID, ""))
@@ -206,19 +201,19 @@ class KubernetesBackend(Backend):
     def inspect(self, handle: SandboxHandle) -> Inspection:
         self._check_cluster(handle)
         job, pod = self._jobs.find(handle.sandbox_id), self._pod(handle)
-        if job is not None and job["metadata"]["uid"] != handle.data.get(JOB_UID, job["metadata"]["uid"]):
+        if job is not None and uid_of(job) != handle.data.get(JOB_UID, uid_of(job)):
             job = None  # another one of its name
         found = death.inspected(job, pod)
         if found is not None:
             return found
-        pod_uid = str(handle.data.get(POD_UID, "")) or (str(pod["metadata"]["uid"]) if pod is not None else "")
+        pod_uid = str(handle.data.get(POD_UID, "")) or (uid_of(pod) if pod is not None else "")
         return Inspection(alive=False, cause=death.from_events(self._cluster, pod_uid, pod))
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
         """The Job's deadline counts from its start by the API server's clock, so that ours does not matter."""
         for _ in range(_TRIES):
             answer = self._jobs.ask(handle.sandbox_id)
-            uid = answer.document["metadata"]["uid"] if answer is not None else ""
+            uid = uid_of(answer.document) if answer is not None else ""
             if answer is None or is_over(answer.document) or uid != handle.data.get(JOB_UID, uid):
                 raise SandboxLostError(f"the Job of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved")
             if self._jobs.patch(handle.sandbox_id, self._deadline(answer, expires_at_s)) is not None:
@@ -228,7 +223,7 @@ class KubernetesBackend(Backend):
     def _deadline(self, answer: Answer, expires_at_s: float) -> dict[str, Any]:
         """The changes of a Job, of this very one."""
         metadata = answer.document["metadata"]
-        began_s = _unix_time(str((answer.document.get("status") or {}).get("startTime") or metadata["creationTimestamp"]))
+        began_s = unix_time(str(status_of(answer.document).get("startTime") or metadata["creationTimestamp"]))
         deadline_s = max(1, math.ceil(answer.at_s - began_s + expires_at_s - self._clock()))
         return {
             "metadata": {"uid": metadata["uid"], "annotations": {EXPIRES_AT: f"{expires_at_s:.3f}"}},
@@ -238,23 +233,24 @@ class KubernetesBackend(Backend):
     def list_owned(self) -> Iterable[Owned]:
         """By pages, as they are wanted."""
         jobs: set[str] = set()
-        for page in self._cluster.pages(self._jobs.path, "listing its Jobs", selector=self._names.selector()):
+        for page in self._cluster.pages(self._cluster.path("jobs"), "listing its Jobs", selector=self._names.selector()):
             for job in page:
-                jobs.add(str(job["metadata"]["uid"]))
-                yield from self._owned(job, {JOB_UID: job["metadata"]["uid"]}, alive=not is_over(job) or None)
-        pods = f"/api/v1/namespaces/{self._cluster.namespace}/pods"
-        for page in self._cluster.pages(pods, "listing its Pods", selector=self._names.selector(), accept=METADATA_ONLY):
+                jobs.add(uid_of(job))
+                yield from self._owned(job, {JOB_UID: uid_of(job)}, alive=not is_over(job) or None)
+        for page in self._cluster.pages(
+            self._cluster.path("pods"), "listing its Pods", selector=self._names.selector(), accept=METADATA_ONLY
+        ):
             for pod in page:
-                if owner_of(pod) not in jobs and not pod["metadata"].get("deletionTimestamp"):
+                if owner_of(pod) not in jobs and not is_going(pod):
                     # Its Job was deleted without it.
-                    yield from self._owned(pod, {POD: pod["metadata"]["name"], POD_UID: pod["metadata"]["uid"]}, alive=None)
+                    yield from self._owned(pod, {POD: pod["metadata"]["name"], POD_UID: uid_of(pod)}, alive=None)
 
     def _owned(self, found: dict[str, Any], data: dict[str, str], *, alive: bool | None) -> Iterator[Owned]:
         told = annotations_of(found)
         if SANDBOX_ID not in told or not self._names.has(found, told[SANDBOX_ID]):
             return  # labelled by somebody who is not us
-        created_s = _number(told.get(CREATED_AT), _unix_time(str(found["metadata"]["creationTimestamp"])))
-        expires_s = _number(told.get(EXPIRES_AT), created_s)
+        created_s = number(told.get(CREATED_AT), unix_time(str(found["metadata"]["creationTimestamp"])))
+        expires_s = number(told.get(EXPIRES_AT), created_s)
         handle = self._handle(told[SANDBOX_ID], data)
         yield Owned(handle=handle, created_at_s=created_s, expires_at_s=expires_s, alive=alive)
 
@@ -269,18 +265,3 @@ class KubernetesBackend(Backend):
     @property
     def _jobs(self) -> Jobs:
         return Jobs(self._cluster, self._names, self._options)
-
-
-def _unix_time(text: str) -> float:
-    """Of an RFC 3339 time; 0 where there is none."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return 0.0
-
-
-def _number(text: str | None, otherwise: float) -> float:
-    try:
-        return float(text) if text is not None else otherwise
-    except ValueError:
-        return otherwise

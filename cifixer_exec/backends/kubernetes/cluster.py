@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from kubernetes.client.rest import RESTClientObject
 
@@ -80,6 +80,10 @@ class Cluster:
     def namespace(self) -> str:
         """Where its sandboxes are. Raises BackendUnavailableError without credentials."""
         return self.credentials.namespace
+
+    def path(self, resource: str, *parts: str) -> str:
+        """Of ``resource`` (jobs, pods, events) in :attr:`namespace`, or of one object and its parts."""
+        return path_in(self.namespace, resource, *parts)
 
     def ping(self) -> None:
         """Raises BackendUnavailableError when the API server does not answer soon, or says that it is not ready."""
@@ -174,6 +178,12 @@ class Cluster:
             return  # cut within an event: the next watch tells it
         finally:
             response.response.close()
+
+    def events(self, uid: str, doing: str) -> list[dict[str, Any]]:
+        """About one object, the oldest first."""
+        answer = self.get(self.path("events"), doing, fieldSelector=f"involvedObject.uid={uid}", limit="50")
+        found: list[dict[str, Any]] = [] if answer is None else answer.document.get("items") or []
+        return sorted(found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""))
 
     def text(self, path: str, doing: str, **query: str) -> str:
         """What is no JSON, such as a log."""
@@ -272,6 +282,12 @@ def cluster_at(address: Address) -> Cluster:
     """The one of this process: connections do not survive a fork."""
     with _knowing:
         return _known.setdefault((os.getpid(), address), Cluster(address))
+
+
+def path_in(namespace: str, resource: str, *parts: str) -> str:
+    """See :meth:`Cluster.path`."""
+    base = "/apis/batch/v1" if resource == "jobs" else "/api/v1"
+    return "/".join([f"{base}/namespaces/{quote(namespace)}/{resource}", *(quote(part) for part in parts)])
 
 
 def _lines(response: Any) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.objects import conditions_of, failure, is_going, status_of, true_conditions
 from cifixer_exec.backends.kubernetes.verdicts import disruption, is_running, terminated
 from cifixer_exec.errors import ExecutorError
 from cifixer_exec.model import Inspection
@@ -34,7 +35,7 @@ _EVENTS = {
 
 def inspected(job: Mapping[str, Any] | None, pod: Mapping[str, Any] | None) -> Inspection | None:
     """What the two objects tell; None where only events could."""
-    if pod is not None and is_running(pod) and not pod["metadata"].get("deletionTimestamp"):
+    if pod is not None and is_running(pod) and not is_going(pod):
         return Inspection(alive=True)
     cause = _of_pod(pod) or _of_job(job)
     return Inspection(alive=False, cause=cause) if cause else None
@@ -43,7 +44,7 @@ def inspected(job: Mapping[str, Any] | None, pod: Mapping[str, Any] | None) -> I
 def _of_pod(pod: Mapping[str, Any] | None) -> str:
     if pod is None:
         return ""
-    status = pod.get("status") or {}
+    status = status_of(pod)
     if status.get("reason") == "DeadlineExceeded":
         return _EXPIRED_TEXT
     if status.get("reason") == "Evicted":
@@ -77,35 +78,31 @@ def is_node_lost(pod: Mapping[str, Any]) -> bool:
 
     https://kubernetes.io/docs/concepts/architecture/nodes/#node-controller. It may come back; when it does not, the Pod is deleted.
     """
-    told = {c.get("type"): c.get("status") for c in (pod.get("status") or {}).get("conditions") or []}
-    return told.get("Ready") == "False" and told.get("ContainersReady") == "True"
+    ready = conditions_of(pod).get("Ready", {})
+    return ready.get("status") == "False" and "ContainersReady" in true_conditions(pod)
 
 
 def _of_job(job: Mapping[str, Any] | None) -> str:
-    if job is None or job["metadata"].get("deletionTimestamp"):
+    if job is None or is_going(job):
         return DELETED
-    for condition in (job.get("status") or {}).get("conditions") or []:
-        ended = condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True"
-        if ended and condition.get("reason") == "DeadlineExceeded":
-            return _EXPIRED_TEXT
-    return ""
+    return _EXPIRED_TEXT if failure(job).get("reason") == "DeadlineExceeded" else ""
 
 
 def last_words(cluster: Cluster, pod: str, container: str) -> str:
     """The end of what a container wrote, which is why it ended; empty when that cannot be had."""
-    path = f"/api/v1/namespaces/{cluster.namespace}/pods/{pod}/log"
     with suppress(ExecutorError):
-        return cluster.text(path, "reading a log", container=container, tailLines="5", limitBytes="2000").strip()
+        return cluster.text(
+            cluster.path("pods", pod, "log"), "reading a log", container=container, tailLines="5", limitBytes="2000"
+        ).strip()
     return ""
 
 
 def from_events(cluster: Cluster, pod_uid: str, pod: Mapping[str, Any] | None) -> str:
     """The cause, when the objects did not tell it."""
     with suppress(ExecutorError):
-        path = f"/api/v1/namespaces/{cluster.namespace}/events"
-        answer = cluster.get(path, "looking for the cause of death", fieldSelector=f"involvedObject.uid={pod_uid}", limit="50")
-        reasons = {str(e.get("reason")): str(e.get("message") or "") for e in (answer.document.get("items") or [])} if answer else {}
+        events = cluster.events(pod_uid, "looking for the cause of death") if pod_uid else []
+        reasons = {str(e.get("reason")): str(e.get("message") or "") for e in events}
         for reason, said in _EVENTS.items():
             if reason in reasons:
                 return f"{said}: {reasons[reason]}" if reasons[reason] else said
-    return "its Pod was deleted" if pod is None or pod["metadata"].get("deletionTimestamp") else "its container was killed from outside"
+    return "its Pod was deleted" if pod is None or is_going(pod) else "its container was killed from outside"

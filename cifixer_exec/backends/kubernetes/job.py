@@ -6,16 +6,16 @@ It fits into namespaces of the Pod Security level *restricted*
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cifixer_exec.backends.disk import disk_size_bytes
+from cifixer_exec.backends.disk import disk_size_bytes, spool_size_bytes
 from cifixer_exec.backends.kubernetes import names as named
 from cifixer_exec.backends.kubernetes.template import merged
+from cifixer_exec.backends.limits import limit_arguments, root_arguments, user_id
 from cifixer_exec.errors import InvalidRequestError
 from cifixer_exec.model import MIB, SandboxSpec
 
@@ -34,9 +34,8 @@ AWAIT_RUNNER = (
     f'exec {RUNNER} "$@"'
 )
 
-DEFAULT_CPUS, DEFAULT_MEMORY_BYTES, DEFAULT_MAX_PROCESSES = 1.0, 2048 * MIB, 512
+DEFAULT_CPUS, DEFAULT_MEMORY_BYTES = 1.0, 2048 * MIB
 MOST_DISK_BYTES = 4096 * MIB
-MAX_OPEN_FILES, MAX_COMMANDS = 65_536, 64
 TTL_AFTER_FINISHED_S = 300
 NODE_LOST_S = 60
 #: Of a disk on the node: more, and the kubelet evicts the Pod, some time later.
@@ -44,7 +43,6 @@ NODE_DISK_BYTES = 16 * 1024 * MIB
 _RUNNER_BYTES = 32 * MIB
 #: Browsers and the like want more than the 64 MiB that container engines give.
 _SHM_BYTES = 256 * MIB
-_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
 #: Nothing answers there: names are not looked up where nothing could be reached (RFC 5737).
 _NO_NAMESERVER = "192.0.2.1"
 #: Networks: of the cluster, whatever that lets through; or as the NetworkPolicies of k8s/ have it.
@@ -121,15 +119,6 @@ def _template(
     return template
 
 
-def user_id(what: str, *, few_ids: bool) -> int:
-    """Each sandbox has a user id of its own, because the kernel counts a user's processes over all containers of a node.
-
-    ``few_ids``: a user namespace has 65,536 ids, and counts for itself.
-    """
-    first, count = (10_000, 50_000) if few_ids else (0x7000_0000, 0x0F00_0000)
-    return first + int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big") % count
-
-
 def _few_ids(options: KubernetesOptions) -> bool:
     return (options.pod_template.get("spec") or {}).get("hostUsers") is False
 
@@ -192,14 +181,8 @@ _ENVIRONMENT = {"HOME": HOME, "USER": "sandbox", "LOGNAME": "sandbox", "SHELL": 
 
 
 def _serve_arguments(spec: SandboxSpec) -> list[str]:
-    roots = [argument for root in (WORKSPACE, TMP, HOME) for argument in ("--allow-root", root)]
-    return [
-        *("serve", "--socket", SOCKET, "--learn-token", "--spool", SPOOL, "--volatile-spool", "--workspace", WORKSPACE, *roots),
-        *("--max-processes", str(int(spec.max_processes or DEFAULT_MAX_PROCESSES))),
-        *("--max-commands", str(MAX_COMMANDS)),
-        *("--max-open-files", str(MAX_OPEN_FILES)),
-        *("--expires-in", f"{spec.lifetime_s:.3f}"),
-    ]
+    command = ["serve", "--socket", SOCKET, "--learn-token", "--spool", SPOOL, "--volatile-spool", "--workspace", WORKSPACE]
+    return [*command, *root_arguments(WORKSPACE, TMP, HOME), *limit_arguments(spec)]
 
 
 def _installer(uid: int, resources: dict[str, Any], options: KubernetesOptions) -> dict[str, Any]:
@@ -243,7 +226,7 @@ def _bytes(size: int) -> str:
 
 def _volumes(spec: SandboxSpec, memory_bytes: int, options: KubernetesOptions) -> list[dict[str, Any]]:
     size = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=MOST_DISK_BYTES)
-    spool = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, size // 2))
+    spool = spool_size_bytes(size)
     disk: dict[str, Any] = {"medium": "Memory", "sizeLimit": _bytes(size)}
     if options.disk == "node":
         disk = {"sizeLimit": _bytes(NODE_DISK_BYTES)}

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from cifixer_exec.backends.kubernetes.cluster import Answer, Cluster
 from cifixer_exec.backends.kubernetes.death import is_node_lost
 from cifixer_exec.backends.kubernetes.job import KubernetesOptions
 from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.objects import is_going, owner_of, status_of, true_conditions, uid_of
 from cifixer_exec.backends.kubernetes.refusals import RefusedError, translate
 from cifixer_exec.backends.kubernetes.start import PassingError, Start
 from cifixer_exec.errors import BackendError, CapacityError, ExecutorError, SandboxStartError
@@ -39,13 +39,9 @@ class Jobs:
     names: Names
     options: KubernetesOptions
 
-    @property
-    def path(self) -> str:
-        return f"/apis/batch/v1/namespaces/{quote(self.cluster.namespace)}/jobs"
-
     def ask(self, sandbox_id: str) -> Answer | None:
         """The Job of this name, if it is ours."""
-        answer = self.cluster.get(f"{self.path}/{self.names.job(sandbox_id)}", f"looking for sandbox {sandbox_id!r}")
+        answer = self.cluster.get(self._path(sandbox_id), f"looking for sandbox {sandbox_id!r}")
         return answer if answer is not None and self.names.has(answer.document, sandbox_id) else None
 
     def find(self, sandbox_id: str) -> dict[str, Any] | None:
@@ -55,13 +51,13 @@ class Jobs:
 
     def pod(self, name: str, uid: str) -> dict[str, Any] | None:
         """The very one, and not another of its name."""
-        answer = self.cluster.get(f"{self._pods}/{quote(name)}", f"looking for Pod {name!r}")
-        return answer.document if answer is not None and answer.document["metadata"]["uid"] == uid else None
+        answer = self.cluster.get(self.cluster.path("pods", name), f"looking for Pod {name!r}")
+        return answer.document if answer is not None and uid_of(answer.document) == uid else None
 
     def pods(self, sandbox_id: str, job_uid: str = "") -> list[dict[str, Any]]:
         """Those of a sandbox, or of one Job of it."""
         doing = f"looking for the Pod of sandbox {sandbox_id!r}"
-        pages = self.cluster.pages(self._pods, doing, selector=self.names.selector(sandbox_id))
+        pages = self.cluster.pages(self.cluster.path("pods"), doing, selector=self.names.selector(sandbox_id))
         found = [pod for page in pages for pod in page if self.names.has(pod, sandbox_id)]
         return [pod for pod in found if not job_uid or owner_of(pod) == job_uid]
 
@@ -73,7 +69,7 @@ class Jobs:
         """
         doing = f"making the Job {manifest['metadata']['name']!r}"
         try:
-            return self.cluster.ask("POST", self.path, doing, query=_DRY_RUN if dry_run else None, body=manifest).document
+            return self.cluster.ask("POST", self.cluster.path("jobs"), doing, query=_DRY_RUN if dry_run else None, body=manifest).document
         except RefusedError as error:
             if error.code == 409:  # it is there, or its namespace or quota has just been changed by somebody else
                 return None
@@ -81,7 +77,7 @@ class Jobs:
 
     def patch(self, sandbox_id: str, changes: Mapping[str, Any]) -> Answer | None:
         """None where there is no such Job. ``changes``: a merge patch."""
-        return self.cluster.patch(f"{self.path}/{self.names.job(sandbox_id)}", f"changing sandbox {sandbox_id!r}", changes)
+        return self.cluster.patch(self._path(sandbox_id), f"changing sandbox {sandbox_id!r}", changes)
 
     def make(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
         """Make it and wait until it runs, or adopt the one there is; the uid of the Job, and the Pod.
@@ -91,7 +87,7 @@ class Jobs:
         deadline_s = time.monotonic() + self.options.start_timeout_s
         for attempt in range(1, STARTS + 1):
             job, adopted = self._made_or_adopted(sandbox_id, manifest)
-            job_uid = str(job["metadata"]["uid"])
+            job_uid = uid_of(job)
             try:
                 return job_uid, Start(self.cluster, self.names, sandbox_id, job_uid).running(deadline_s)
             except SandboxStartError as error:
@@ -110,10 +106,13 @@ class Jobs:
                 raise
         raise AssertionError  # the last one returns or raises
 
+    def _path(self, sandbox_id: str) -> str:
+        return self.cluster.path("jobs", self.names.job(sandbox_id))
+
     def _is_deleted(self, sandbox_id: str, job_uid: str) -> bool:
         """Whether somebody has deleted the Job: to make another would bring back what a teardown has just ended."""
         job = self.find(sandbox_id)
-        return job is None or job["metadata"]["uid"] != job_uid or bool(job["metadata"].get("deletionTimestamp"))
+        return job is None or uid_of(job) != job_uid or is_going(job)
 
     def _made_or_adopted(self, sandbox_id: str, manifest: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
         """The Job, and whether it was there. A dead one, or one that is going, gives way."""
@@ -122,12 +121,12 @@ class Jobs:
             made = self.post(manifest())
             if made is not None:
                 return made, False
-            found = self.cluster.get(f"{self.path}/{self.names.job(sandbox_id)}", f"looking for sandbox {sandbox_id!r}")
+            found = self.cluster.get(self._path(sandbox_id), f"looking for sandbox {sandbox_id!r}")
             if found is not None:
                 self._check_ours(found.document, sandbox_id)
                 if not is_over(found.document):
                     return found.document, True
-                self.remove(sandbox_id, job_uid=str(found.document["metadata"]["uid"]))
+                self.remove(sandbox_id, job_uid=uid_of(found.document))
             if time.monotonic() > give_up_s:
                 raise SandboxStartError(f"the Job of sandbox {sandbox_id!r} cannot be made just now, a former one may be going: try again")
             time.sleep(LOOK_S)
@@ -145,11 +144,11 @@ class Jobs:
         Raises:
             BackendError: it may still be there.
         """
-        doomed = [p for p in self.pods(sandbox_id) if not (job_uid or pod_uid) or job_uid == owner_of(p) or pod_uid == p["metadata"]["uid"]]
+        doomed = [p for p in self.pods(sandbox_id) if not (job_uid or pod_uid) or job_uid == owner_of(p) or pod_uid == uid_of(p)]
         job = self.find(sandbox_id)  # behind the Pods: those that were there before it have no Job any more if there is none now
-        if job is not None and job["metadata"]["uid"] == (job_uid or job["metadata"]["uid"]) and not pod_uid:
-            job_uid = str(job["metadata"]["uid"])
-            self._delete(f"{self.path}/{self.names.job(sandbox_id)}", job)
+        if job is not None and uid_of(job) == (job_uid or uid_of(job)) and not pod_uid:
+            job_uid = uid_of(job)
+            self._delete(self._path(sandbox_id), job)
             doomed = [p for p in doomed if owner_of(p) == job_uid]
         self._remove_pods(sandbox_id, job_uid, doomed)
 
@@ -160,52 +159,39 @@ class Jobs:
         pods = doomed
         while pods:
             for pod in pods:
-                if pod["metadata"]["uid"] not in asked and not pod["metadata"].get("deletionTimestamp"):
-                    asked.add(str(pod["metadata"]["uid"]))
-                    self._delete(f"{self._pods}/{pod['metadata']['name']}", pod)
+                if uid_of(pod) not in asked and not is_going(pod):
+                    asked.add(uid_of(pod))
+                    self._delete(self.cluster.path("pods", pod["metadata"]["name"]), pod, gracePeriodSeconds=self.options.grace_s)
             if time.monotonic() > give_up_s:
                 raise BackendError(f"the Pod of sandbox {sandbox_id!r} is still being deleted; its node may not answer: destroy it again")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_LOOK_S)
-            uids = asked | {str(pod["metadata"]["uid"]) for pod in doomed}
-            found = [p for p in self.pods(sandbox_id) if p["metadata"]["uid"] in uids or (job_uid and owner_of(p) == job_uid)]
+            uids = asked | {uid_of(pod) for pod in doomed}
+            found = [p for p in self.pods(sandbox_id) if uid_of(p) in uids or (job_uid and owner_of(p) == job_uid)]
             pods = [p for p in found if not _is_settled(p)]
 
-    def _delete(self, path: str, found: Mapping[str, Any]) -> None:
+    def _delete(self, path: str, found: Mapping[str, Any], **options: Any) -> None:
         """By its uid, so that a namesake is never hit; with what belongs to it, because a Job's Pods stay by default."""
-        options: dict[str, Any] = {"propagationPolicy": "Background", "preconditions": {"uid": found["metadata"]["uid"]}}
-        if found.get("kind") == "Pod" or "/pods/" in path:
-            options["gracePeriodSeconds"] = self.options.grace_s
-        self.cluster.delete(path, f"deleting {path.rpartition('/')[2]!r}", options)
+        pinned = {"propagationPolicy": "Background", "preconditions": {"uid": uid_of(found)}}
+        self.cluster.delete(path, f"deleting {path.rpartition('/')[2]!r}", {**pinned, **options})
 
     def _undo(self, sandbox_id: str, job_uid: str) -> None:
         """Delete what could not be started; what fails here, the reaper does."""
         with suppress(ExecutorError):
             self.remove(sandbox_id, job_uid=job_uid)
 
-    @property
-    def _pods(self) -> str:
-        return f"/api/v1/namespaces/{quote(self.cluster.namespace)}/pods"
-
 
 def is_over(job: Mapping[str, Any]) -> bool:
     """Whether nothing runs in it any more, or is about to be ended."""
-    conditions = (job.get("status") or {}).get("conditions") or []
-    ended = any(c.get("type") in _ENDS and c.get("status") == "True" for c in conditions)
-    return ended or bool(job["metadata"].get("deletionTimestamp"))
-
-
-def owner_of(pod: Mapping[str, Any]) -> str:
-    """The uid of its Job; empty for an orphan."""
-    return next((str(o.get("uid")) for o in pod["metadata"].get("ownerReferences") or [] if o.get("kind") == "Job"), "")
+    return is_going(job) or any(kind in true_conditions(job) for kind in _ENDS)
 
 
 def _is_settled(pod: Mapping[str, Any]) -> bool:
     """Going, and nothing runs in it any more, or its node is out of reach: what is left to do is the cluster's."""
-    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    statuses = status_of(pod).get("containerStatuses") or []
     over = bool(statuses) and all("terminated" in (c.get("state") or {}) for c in statuses)
     nowhere = not (pod.get("spec") or {}).get("nodeName") or is_node_lost(pod)
-    return bool(pod["metadata"].get("deletionTimestamp")) and (over or nowhere)
+    return is_going(pod) and (over or nowhere)
 
 
 def _about(sandbox_id: str, error: ExecutorError, more: str = "") -> ExecutorError:

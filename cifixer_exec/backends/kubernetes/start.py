@@ -12,6 +12,7 @@ from typing import Any
 from cifixer_exec.backends.kubernetes import death
 from cifixer_exec.backends.kubernetes.cluster import Cluster
 from cifixer_exec.backends.kubernetes.names import Names
+from cifixer_exec.backends.kubernetes.objects import failure, owner_of, uid_of
 from cifixer_exec.backends.kubernetes.refusals import DENIALS
 from cifixer_exec.backends.kubernetes.verdicts import Verdict, verdict, verdict_of_events
 from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxStartError
@@ -87,7 +88,7 @@ class Start:
     def _told_by_events(self) -> Verdict:
         """Nothing, where they cannot be had: they only tell sooner what the status will."""
         with suppress(BackendUnavailableError):
-            return verdict_of_events(self._events(str(self._pod["metadata"]["uid"])))
+            return verdict_of_events(self._events(uid_of(self._pod)))
         return Verdict()
 
     def _judge(self, now: Verdict) -> None:
@@ -99,10 +100,9 @@ class Start:
 
     def _states(self, watch_s: int) -> Any:
         """The Pod of the Job as it changes; another Job's of the same name may still be going."""
-        path = f"/api/v1/namespaces/{self.cluster.namespace}/pods"
-        for kind, pod in self.cluster.watch(path, self._doing, selector=self.names.selector(self.sandbox_id), timeout_s=watch_s):
-            owners = (pod.get("metadata") or {}).get("ownerReferences") or []
-            if kind in ("ADDED", "MODIFIED", "DELETED") and any(o.get("uid") == self.job_uid for o in owners):
+        selector = self.names.selector(self.sandbox_id)
+        for kind, pod in self.cluster.watch(self.cluster.path("pods"), self._doing, selector=selector, timeout_s=watch_s):
+            if kind in ("ADDED", "MODIFIED", "DELETED") and owner_of(pod) == self.job_uid:
                 if kind == "DELETED":
                     pod["metadata"].setdefault("deletionTimestamp", "now")
                 yield pod
@@ -113,13 +113,11 @@ class Start:
 
     def _verdict_of_job(self) -> Verdict:
         """Quotas, Pod Security and webhooks refuse the Pod while the Job is accepted: then the Job's events have the words."""
-        path = f"/apis/batch/v1/namespaces/{self.cluster.namespace}/jobs/{self.names.job(self.sandbox_id)}"
-        answer = self.cluster.get(path, self._doing)
-        if answer is None or answer.document["metadata"]["uid"] != self.job_uid:
+        answer = self.cluster.get(self.cluster.path("jobs", self.names.job(self.sandbox_id)), self._doing)
+        if answer is None or uid_of(answer.document) != self.job_uid:
             raise PassingError("its Job was deleted while it started")
-        for condition in (answer.document.get("status") or {}).get("conditions") or []:
-            if condition.get("type") in ("Failed", "FailureTarget") and condition.get("status") == "True":
-                raise SandboxStartError(f"its Job failed before it ran: {condition.get('reason')}: {condition.get('message')}")
+        if failed := failure(answer.document):
+            raise SandboxStartError(f"its Job failed before it ran: {failed.get('reason')}: {failed.get('message')}")
         said = [str(e.get("message") or "") for e in self._events(self.job_uid) if e.get("reason") == "FailedCreate"]
         if not said:
             return Verdict()
@@ -147,7 +145,7 @@ class Start:
         if not pod:
             return ""
         try:
-            events = self._events(str(pod["metadata"]["uid"]))
+            events = self._events(uid_of(pod))
         except BackendUnavailableError:
             return ""
         warnings = [e for e in events if e.get("type") == "Warning" and e.get("reason") != "FailedScheduling"]  # the Pod says that itself
@@ -155,8 +153,4 @@ class Start:
         return f" (its events: {'; '.join(told)})" if told else ""
 
     def _events(self, uid: str) -> list[dict[str, Any]]:
-        """About one object, the oldest first."""
-        path = f"/api/v1/namespaces/{self.cluster.namespace}/events"
-        answer = self.cluster.get(path, self._doing, fieldSelector=f"involvedObject.uid={uid}", limit="50")
-        found: list[dict[str, Any]] = [] if answer is None else answer.document.get("items") or []
-        return sorted(found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""))
+        return self.cluster.events(uid, self._doing)

@@ -12,11 +12,11 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 
-from cifixer_exec.backends.kubernetes.cluster import Cluster
+from cifixer_exec.backends.kubernetes.cluster import Cluster, path_in
 from cifixer_exec.backends.kubernetes.refusals import RefusedError
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.errors import BackendUnavailableError
@@ -185,7 +185,7 @@ async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequen
     headers = await asking(credentials.headers)
     # Without standard input some runtimes end an exec at once (https://github.com/kata-containers/kata-containers/issues/13640).
     query = [("container", container), ("stdin", "true"), ("stdout", "true"), ("stderr", "true"), *(("command", a) for a in command)]
-    path = f"/api/v1/namespaces/{quote(credentials.namespace)}/pods/{quote(pod)}/exec"
+    path = path_in(credentials.namespace, "pods", pod, "exec")
     session = aiohttp.ClientSession(auto_decompress=False)
     try:
         async with asyncio.timeout(DIAL_TIMEOUT_S):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifixer_exec.backends.kubernetes.job import CONTAINER
+from cifixer_exec.backends.kubernetes.objects import conditions_of, is_going, status_of, true_conditions
 
 #: No waiting helps.
 _FATAL = {
@@ -52,7 +53,7 @@ class Verdict:
 
 def verdict(pod: Mapping[str, Any]) -> Verdict:
     """Of a Pod as the API server shows it."""
-    status = pod.get("status") or {}
+    status = status_of(pod)
     if ended := _ended(pod, status):
         return ended
     for container in _containers(status):
@@ -61,7 +62,7 @@ def verdict(pod: Mapping[str, Any]) -> Verdict:
             return told
     if is_running(pod):
         return Verdict(running=True)
-    return _unscheduled(status) or Verdict()
+    return _unscheduled(pod) or Verdict()
 
 
 def verdict_of_events(events: Iterable[Mapping[str, Any]]) -> Verdict:
@@ -85,15 +86,18 @@ def verdict_of_events(events: Iterable[Mapping[str, Any]]) -> Verdict:
 
 def is_running(pod: Mapping[str, Any]) -> bool:
     """Whether the sandbox's own container runs."""
-    containers = (pod.get("status") or {}).get("containerStatuses") or []
-    return any(c["name"] == CONTAINER and "running" in (c.get("state") or {}) for c in containers)
+    return "running" in _state(pod)
 
 
 def terminated(pod: Mapping[str, Any]) -> dict[str, Any]:
     """How the sandbox's container ended; empty while it has not."""
-    containers = (pod.get("status") or {}).get("containerStatuses") or []
-    found = next((c.get("state") or {} for c in containers if c["name"] == CONTAINER), {})
-    return dict(found.get("terminated") or {})
+    return dict(_state(pod).get("terminated") or {})
+
+
+def _state(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the sandbox's own container."""
+    containers = status_of(pod).get("containerStatuses") or []
+    return next((c.get("state") or {} for c in containers if c["name"] == CONTAINER), {})
 
 
 def disruption(pod: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +105,7 @@ def disruption(pod: Mapping[str, Any]) -> dict[str, Any]:
 
     https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions
     """
-    conditions = (pod.get("status") or {}).get("conditions") or []
-    return next((c for c in conditions if c.get("type") == "DisruptionTarget" and c.get("status") == "True"), {})
+    return true_conditions(pod).get("DisruptionTarget", {})
 
 
 def _waiting(reason: str, said: str) -> Verdict | None:
@@ -129,20 +132,20 @@ def _ended(pod: Mapping[str, Any], status: Mapping[str, Any]) -> Verdict | None:
     if status.get("phase") in ("Failed", "Succeeded"):
         reason = str(status.get("reason") or status["phase"])
         return Verdict(final=True, passing=reason.startswith(_REFUSED_BY_NODE), why=_told(reason, str(status.get("message") or "")))
-    if pod["metadata"].get("deletionTimestamp"):
+    if is_going(pod):
         return Verdict(final=True, passing=True, why="its Pod is being deleted")
     return None
 
 
-def _unscheduled(status: Mapping[str, Any]) -> Verdict | None:
+def _unscheduled(pod: Mapping[str, Any]) -> Verdict | None:
     """Why it has no node; an autoscaler may be about to bring one."""
-    for condition in status.get("conditions") or []:
-        if (condition.get("type"), condition.get("status"), condition.get("reason")) == ("PodScheduled", "False", "Unschedulable"):
-            return Verdict(
-                why=_told("Unschedulable", str(condition.get("message") or "")),
-                remedy="add room to the cluster, or lower CIFIXER_KUBERNETES_CPU_REQUEST and CIFIXER_KUBERNETES_MEMORY_REQUEST",
-            )
-    return None
+    scheduled = conditions_of(pod).get("PodScheduled", {})
+    if (scheduled.get("status"), scheduled.get("reason")) != ("False", "Unschedulable"):
+        return None
+    return Verdict(
+        why=_told("Unschedulable", str(scheduled.get("message") or "")),
+        remedy="add room to the cluster, or lower CIFIXER_KUBERNETES_CPU_REQUEST and CIFIXER_KUBERNETES_MEMORY_REQUEST",
+    )
 
 
 def _containers(status: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from cifixer_exec.backends.base import Backend, Owned
+from cifixer_exec.backends.limits import max_processes
 from cifixer_exec.backends.local import cgroups, isolation, locks, trouble
 from cifixer_exec.backends.local.processes import descendants, is_alive, kill_and_wait, kill_tree, start_time_of
 from cifixer_exec.channel.frames import FrameParser, FrameType, encode_document, encode_frame
@@ -349,7 +350,7 @@ class LocalBackend(Backend):
     def _make_groups(self, spec: SandboxSpec) -> list[Path]:
         if self._groups is None:
             return []
-        processes = (spec.max_processes or isolation.DEFAULT_MAX_PROCESSES) + RUNNER_THREADS
+        processes = max_processes(spec) + RUNNER_THREADS
         limits = cgroups.Limits(memory_bytes=spec.memory_bytes, max_processes=processes, cpus=spec.cpus)
         return self._groups.create(spec.sandbox_id, limits)
 

@@ -11,7 +11,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifixer_exec.backends.disk import disk_size_bytes
+from cifixer_exec.backends.disk import disk_size_bytes, spool_size_bytes
+from cifixer_exec.backends.limits import limit_arguments, root_arguments
 from cifixer_exec.errors import CapacityError
 from cifixer_exec.model import MIB, SandboxSpec
 
@@ -20,13 +21,8 @@ HOME = "/home/sandbox"
 RUNNER = "/run/cifixer/runner"
 SPOOL = "/run/cifixer/spool"
 SANDBOX_ID = 1000
-DEFAULT_MAX_PROCESSES = 512
 #: Where `runner launch --seccomp` leaves the filter for bubblewrap.
 _SECCOMP_FD = "4"
-_MIN_SPOOL_BYTES, _MAX_SPOOL_BYTES = 128 * MIB, 512 * MIB
-MAX_OPEN_FILES = 65_536
-#: At once in one sandbox; each has a supervisor with about a dozen threads.
-MAX_COMMANDS = 64
 
 #: The part of /etc that programs need to start, resolve names and trust certificates; nothing that tells about this host's users.
 _ETC = (
@@ -100,7 +96,7 @@ def memory_for(spec: SandboxSpec, *, limited: bool) -> Memory:
     """
     memory_bytes = spec.memory_bytes if limited else None
     disk_bytes = disk_size_bytes(spec.disk_bytes, memory_bytes=memory_bytes, most_bytes=(4096 if limited else 1024) * MIB)
-    spool_bytes = min(_MAX_SPOOL_BYTES, max(_MIN_SPOOL_BYTES, disk_bytes // 2))
+    spool_bytes = spool_size_bytes(disk_bytes)
     return Memory(disk_bytes=disk_bytes, spool_bytes=spool_bytes, shm_bytes=(256 if limited else 64) * MIB)
 
 
@@ -152,15 +148,7 @@ def serve_arguments(spec: SandboxSpec, *, runner: str, workspace: str, spool: st
     """``runner serve …`` on the inherited socket, with the sandbox's lifetime as its own lease."""
     # The spool is memory of the sandbox: when the runner ends, it is gone too.
     arguments = [runner, "serve", "--listen-fd", "3", "--spool", spool, "--volatile-spool", "--workspace", workspace]
-    for root in roots:
-        arguments += ["--allow-root", root]
-    return [
-        *arguments,
-        *("--max-processes", str(spec.max_processes or DEFAULT_MAX_PROCESSES)),
-        *("--max-commands", str(MAX_COMMANDS)),
-        *("--max-open-files", str(MAX_OPEN_FILES)),
-        *("--expires-in", f"{spec.lifetime_s:.3f}"),
-    ]
+    return [*arguments, *root_arguments(*roots), *limit_arguments(spec)]
 
 
 def bwrap_arguments(
