@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from cifixer_exec import AppConfig
+from cifixer_exec import AppConfig, SandboxEnvironment, create_sandbox
 from cifixer_exec.backends.registry import backend_names
 from tests.support.chaos_stack import LEASE_S, Crew
 from tests.support.contract_stack import on_present_backend
@@ -34,10 +34,15 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def config(backend: str, server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
+def bare_config(server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
+    """Of no backend yet."""
     state = tmp_path / "state"
-    made = AppConfig(redis_url=server.url, namespace=namespace, state_dir=state, lease_s=LEASE_S, drain_s=1.0, worker_concurrency=8)
-    return on_present_backend(backend, made)
+    return AppConfig(redis_url=server.url, namespace=namespace, state_dir=state, lease_s=LEASE_S, drain_s=1.0, worker_concurrency=8)
+
+
+@pytest.fixture
+def config(backend: str, bare_config: AppConfig) -> AppConfig:
+    return on_present_backend(backend, bare_config)
 
 
 @pytest.fixture
@@ -46,6 +51,16 @@ def start(config: AppConfig, tmp_path: Path) -> Iterator[Crew]:
     crew = Crew(config, tmp_path)
     yield crew
     crew.end()
+
+
+@pytest.fixture
+def pair(config: AppConfig, start: Crew) -> Iterator[list[SandboxEnvironment]]:
+    """One behind a worker, one direct."""
+    start()
+    direct = create_sandbox(config.with_(dispatch="direct"))
+    direct.init()
+    yield [start.sandbox(), direct]
+    direct.teardown()
 
 
 @pytest.fixture(scope="module")

@@ -10,27 +10,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from cifixer_exec import AppConfig, BackendUnavailableError, ExecutorError, SandboxEnvironment, Status, create_sandbox
-from cifixer_exec.cli.doctor import Finding, examine
-from cifixer_exec.cli.reach import Reach
+from cifixer_exec import AppConfig, BackendUnavailableError, SandboxEnvironment, Status
 from tests.support.chaos_losses import FOREVER, check_lost, check_refused
-from tests.support.chaos_stack import COUNT, LEASE_S, Crew, check_once, run_in_background
-from tests.support.contract_probes import wait_until
+from tests.support.chaos_outages import DEADLINE_S, FAST_S, GRACE_S, NOTICED_S, check_doctor_tells, eventually_works
+from tests.support.chaos_stack import COUNT, Crew, check_once, run_in_background
 from tests.support.contract_stack import absent
 from tests.support.docker_daemon import NoDaemonError, PrivateDaemon, image_for_tests
-from tests.support.redis_server import RedisServer
 
-#: Until whoever waits has noticed that the daemon is back, and what came of its containers.
-NOTICED_S = 20.0
-#: A new op may not wait for a daemon that is away.
-FAST_S = 10.0
-#: A running one waits until its own deadline, and a grace behind it.
-DEADLINE_S = 3.0
-GRACE_S = 30.0
 LIVE = "--live-restore"
 #: docker-py leaves the socket that it could not connect to the garbage collector.
 pytestmark = [
@@ -61,28 +50,8 @@ def daemon(private: PrivateDaemon, request: pytest.FixtureRequest) -> Iterator[P
 
 
 @pytest.fixture
-def config(daemon: PrivateDaemon, server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
-    return AppConfig(
-        execution_backend="docker_local",
-        docker_host=daemon.host,
-        image=image_for_tests(daemon.host),
-        redis_url=server.url,
-        namespace=namespace,
-        state_dir=tmp_path / "state",
-        lease_s=LEASE_S,
-        drain_s=1.0,
-        worker_concurrency=8,
-    )
-
-
-@pytest.fixture
-def pair(config: AppConfig, start: Crew) -> Iterator[list[SandboxEnvironment]]:
-    """One behind a worker, one direct."""
-    start()
-    direct = create_sandbox(config.with_(dispatch="direct"))
-    direct.init()
-    yield [start.sandbox(), direct]
-    direct.teardown()
+def config(daemon: PrivateDaemon, bare_config: AppConfig) -> AppConfig:
+    return bare_config.with_(execution_backend="docker_local", docker_host=daemon.host, image=image_for_tests(daemon.host))
 
 
 Restart = Callable[[PrivateDaemon], None]
@@ -160,26 +129,3 @@ def check_unavailable(call: Callable[[], object]) -> None:
     with pytest.raises(BackendUnavailableError, match=r"the Docker daemon.* does not answer"):
         call()
     assert time.monotonic() - begun < FAST_S
-
-
-def check_doctor_tells(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As soon as the worker has renewed its lease, with which it tells the state of its breaker."""
-    monkeypatch.setenv("CIFIXER_NAMESPACE", config.namespace)
-
-    def worker() -> Finding:
-        return next(found for found in examine(Reach(redis_url=config.redis_url)) if found.name == "worker")
-
-    wait_until(lambda: not worker().ok, "doctor finds the worker's breaker open")
-    assert "breaker open" in worker().summary or "breaker half_open" in worker().summary
-
-
-def eventually_works(sandbox: SandboxEnvironment, give_up: float) -> None:
-    """The breaker closes by itself; until then it says so."""
-    while True:
-        try:
-            assert sandbox.run_command("echo on").stdout == b"on\n"
-            return
-        except ExecutorError:
-            if time.monotonic() > give_up:
-                raise
-        time.sleep(0.2)

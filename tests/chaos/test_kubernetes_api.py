@@ -10,19 +10,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from cifixer_exec import AppConfig, BackendUnavailableError, SandboxEnvironment, Status, create_sandbox
-from tests.chaos.test_docker_daemon import DEADLINE_S, FAST_S, GRACE_S, NOTICED_S, check_doctor_tells, eventually_works
 from tests.support.chaos_losses import FOREVER
-from tests.support.chaos_stack import COUNT, LEASE_S, Crew, check_once, run_in_background
+from tests.support.chaos_outages import DEADLINE_S, FAST_S, GRACE_S, NOTICED_S, check_doctor_tells, eventually_works
+from tests.support.chaos_stack import COUNT, Crew, check_once, run_in_background
 from tests.support.contract_stack import absent
 from tests.support.kubernetes.knobs import Knobs
 from tests.support.kubernetes.stand_in import NotHereError, OwnStandIn, StandIn
 from tests.support.kubernetes_cluster import WORKER, settings_on
-from tests.support.redis_server import RedisServer
 
 AWAY_S = 2.0
 
@@ -39,27 +37,8 @@ def cluster() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def config(cluster: StandIn, server: RedisServer, namespace: str, tmp_path: Path) -> AppConfig:
-    return AppConfig(
-        execution_backend="kubernetes",
-        redis_url=server.url,
-        namespace=namespace,
-        state_dir=tmp_path / "state",
-        lease_s=LEASE_S,
-        drain_s=1.0,
-        worker_concurrency=8,
-        **settings_on(cluster),
-    )
-
-
-@pytest.fixture
-def pair(config: AppConfig, start: Crew) -> Iterator[list[SandboxEnvironment]]:
-    """One behind a worker, one direct."""
-    start()
-    direct = create_sandbox(config.with_(dispatch="direct"))
-    direct.init()
-    yield [start.sandbox(), direct]
-    direct.teardown()
+def config(cluster: StandIn, bare_config: AppConfig) -> AppConfig:
+    return bare_config.with_(execution_backend="kubernetes", **settings_on(cluster))
 
 
 def test_a_command_outlives_a_restart_of_the_api_server(
