@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _LOOK_S = 0.03
 _READY_S = 30.0
 #: For one op whose worker died under it, on a machine that is busy with other tests.
 _OP_S = 40.0
+_SETTLE_S = 3.0
 OP = "the-op"
 COMMAND = f"echo {OP} >> ledger; i=0; while [ $i -lt 8 ]; do echo line $i; i=$((i + 1)); sleep 0.1; done; exit 7"
 EXPECTED = b"".join(b"line %d\n" % i for i in range(8))
@@ -167,7 +169,7 @@ async def _play(stage: Stage, outcome: Outcome, arm: Arm, story: Story) -> None:
         await asyncio.gather(made, told, second, frozen, return_exceptions=True)
     outcome.ended = first.ended.result() if first.ended.done() else None
     outcome.passed = passed(stage.workers, first)
-    outcome.left = left_of(stage.config)
+    outcome.left = await _settled(stage.config)
 
 
 async def _make(stage: Stage, story: Story) -> None:
@@ -205,6 +207,17 @@ async def _has_other_owner(stage: Stage, first: Worker) -> bool:
 
 async def _says(worker: Worker, text: str) -> bool:
     return text in worker.text()
+
+
+async def _settled(config: AppConfig) -> list[str]:
+    """What is left when the platform's own collectors had a moment."""
+    with suppress(TimeoutError):
+        await until(lambda: _is_empty(config), _SETTLE_S)
+    return await asyncio.to_thread(left_of, config)
+
+
+async def _is_empty(config: AppConfig) -> bool:
+    return not await asyncio.to_thread(left_of, config)
 
 
 def stage_config(backend: str, redis_url: str, namespace: str, state_dir: Path) -> AppConfig:

@@ -80,5 +80,8 @@ def left_in_cluster(namespace: str) -> list[str]:
     found = []
     for dispatch in ("queue", "direct"):
         config = AppConfig(execution_backend="kubernetes", dispatch=dispatch, namespace=namespace, **cluster_settings())
-        found += [f"sandbox {owned.handle.sandbox_id} ({dispatch})" for owned in make_backend(config).list_owned()]
+        found += [
+            f"sandbox {o.handle.sandbox_id} ({dispatch}) {o.handle.data}, made at {o.created_at_s:.3f}"
+            for o in make_backend(config).list_owned()
+        ]
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cifixer_exec.backends.docker_local import ssh
+from tests.support.contract_probes import wait_until
 
 
 def said_over(path: str) -> bytes:
@@ -30,6 +31,7 @@ def test_a_failure_that_passes_by_does_not_end_the_relay(tmp_path: Path, monkeyp
         assert said_over(relay.path) == b""
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         assert said_over(relay.path) == b"here\n"
+        wait_until(lambda: bool(relay._started), "the program written down")  # its program may have spoken before it was written down
         relay._started[-1].wait(10)
     finally:
         relay.close()

@@ -20,6 +20,8 @@ from cifixer_exec.errors import BackendUnavailableError
 _KILLED, _TERMINATED, _EXPIRED = 137, 143, 3
 #: How close to the end an event must be to be its reason.
 _NEAR_S = 5.0
+#: How long behind the end it may be known that the daemon itself was asked for it.
+_LATE_S = 0.5
 #: A daemon that is being stopped kills its containers first and goes a moment later.
 _WATCH_S, _LOOK_S = 0.8, 0.1
 #: How far the clocks of daemon and worker may be apart.
@@ -47,6 +49,8 @@ def cause_of_death(daemon: Daemon, found: Mapping[str, Any]) -> str:
 def _cause_of_kill(daemon: Daemon, found: Mapping[str, Any]) -> str:
     ended_at_s = unix_time(str(found["State"].get("FinishedAt") or ""))
     happened = _events(daemon, str(found["Id"]), ended_at_s)
+    if "kill" not in happened:  # the daemon writes it down once the signal is sent, which may be behind the end
+        happened = _events(daemon, str(found["Id"]), ended_at_s, until_s=ended_at_s + _LATE_S)
     asked_for = "kill" in happened
     if not asked_for and ("oom" in happened or found["State"].get("OOMKilled")):
         return "out of memory: the kernel killed its first process"
@@ -55,12 +59,12 @@ def _cause_of_kill(daemon: Daemon, found: Mapping[str, Any]) -> str:
     return "its container was killed from outside" + (", by way of the Docker daemon" if asked_for else "")
 
 
-def _events(daemon: Daemon, container: str, ended_at_s: float) -> list[str]:
-    """What happened to it just before its end, by name."""
+def _events(daemon: Daemon, container: str, ended_at_s: float, *, until_s: float | None = None) -> list[str]:
+    """What happened to it just before its end, by name. A moment that is still to come is waited for."""
     wanted = {"type": ["container"], "container": [container], "event": ["kill", "oom"]}
     with suppress(*VENDOR_ERRORS):
-        # Until a moment that is past by the daemon's own clock, or the answer would wait for it.
-        events = daemon.api.events(since=ended_at_s - _NEAR_S, until=ended_at_s, filters=wanted, decode=True)
+        until_s = until_s or ended_at_s  # past by the daemon's own clock, or the answer would wait for it
+        events = daemon.api.events(since=ended_at_s - _NEAR_S, until=until_s, filters=wanted, decode=True)
         return [str(event.get("Action") or event.get("status")) for event in events]
     return []
 
