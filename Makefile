@@ -56,8 +56,8 @@ runner: $(VENV)/.dev ## compile the runner into the package again
 
 lock: $(VENV)/.dev ## resolve the locks anew
 	$(BIN)/uv pip compile pyproject.toml --upgrade --extra embedded --extra flower --extra demo --group build $(LOCK_OPTIONS) -o .lock/run.txt
-	$(BIN)/uv pip compile pyproject.toml --upgrade --extra docker --extra embedded --extra flower --extra kubernetes --extra metrics --extra demo --group dev $(LOCK_OPTIONS) -o .lock/dev.txt
-	$(BIN)/uv pip compile pyproject.toml --upgrade --extra docker --extra flower --extra kubernetes --extra local --extra metrics $(LOCK_OPTIONS) -o .lock/image.txt
+	$(BIN)/uv pip compile pyproject.toml --upgrade --extra docker --extra e2b --extra embedded --extra flower --extra kubernetes --extra metrics --extra demo --group dev $(LOCK_OPTIONS) -o .lock/dev.txt
+	$(BIN)/uv pip compile pyproject.toml --upgrade --extra docker --extra e2b --extra flower --extra kubernetes --extra local --extra metrics $(LOCK_OPTIONS) -o .lock/image.txt
 	$(BIN)/uv pip compile --upgrade --group pyproject.toml:build $(LOCK_OPTIONS) -o .lock/build.txt
 
 clean: ## remove what the other commands made

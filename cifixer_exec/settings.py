@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import inf
@@ -21,6 +22,7 @@ DOCKER_DISKS = ("memory", "volume")
 #: Of a Pod that ends; more only keeps who tears down waiting, because the runner ends by SIGKILL alone.
 MOST_GRACE_S = 300
 KUBERNETES_DISKS = ("memory", "node")
+_ACCOUNT = re.compile(r"[A-Za-z0-9._-]{0,63}\Z")
 
 
 def default_state_dir() -> Path:
@@ -110,12 +112,24 @@ class AppConfig:
     kubernetes_grace_s: int = 1
     kubernetes_pod_template: str = ""
 
+    e2b_api_key: str = field(default_factory=lambda: os.environ.get("E2B_API_KEY", ""), repr=False)
+    e2b_domain: str = field(default_factory=lambda: os.environ.get("E2B_DOMAIN", ""))
+    e2b_api_url: str = field(default_factory=lambda: os.environ.get("E2B_API_URL", ""))
+    e2b_sandbox_url: str = field(default_factory=lambda: os.environ.get("E2B_SANDBOX_URL", ""))
+    e2b_account: str = ""
+    e2b_template: str = "base"
+    e2b_user: str = "user"
+    e2b_allow_out: tuple[str, ...] = ()
+    e2b_deny_out: tuple[str, ...] = ()
+    e2b_creates_per_s: float = 1.0
+
     def __post_init__(self) -> None:
         if self.dispatch not in DISPATCH_MODES:
             raise InvalidRequestError(f"dispatch={self.dispatch!r} is not known: take one of {', '.join(DISPATCH_MODES)}")
         if self.docker_disk not in DOCKER_DISKS:
             raise InvalidRequestError(f"docker_disk={self.docker_disk!r} is not known: take one of {', '.join(DOCKER_DISKS)}")
         self._check_kubernetes()
+        self._check_e2b()
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://", "redis+socket://")):
             raise InvalidRequestError("redis_url is not a Redis URL: give redis://…, rediss://… or unix://…")
         if not self.namespace or any(c in self.namespace for c in "*?[]\\/ "):
@@ -136,6 +150,17 @@ class AppConfig:
             raise InvalidRequestError(f"kubernetes_grace_s={self.kubernetes_grace_s!r} is not usable: give 0 to {MOST_GRACE_S} seconds")
         if not (0 < self.kubernetes_cpu_request < inf and self.kubernetes_memory_request_bytes > 0):
             raise InvalidRequestError("kubernetes_cpu_request and kubernetes_memory_request_bytes must be more than 0")
+
+    def _check_e2b(self) -> None:
+        if not 0 < self.e2b_creates_per_s < inf:
+            raise InvalidRequestError(f"e2b_creates_per_s={self.e2b_creates_per_s!r} is not usable: give more than 0, as your plan allows")
+        if not _ACCOUNT.match(self.e2b_account):
+            raise InvalidRequestError(f"e2b_account={self.e2b_account!r} is not usable: take up to 63 of the characters A-Z a-z 0-9 . _ -")
+        for name in ("e2b_api_url", "e2b_sandbox_url"):
+            if getattr(self, name) and not getattr(self, name).startswith(("http://", "https://")):
+                raise InvalidRequestError(f"{name}={getattr(self, name)!r} is not a URL: give https://host, or leave it out")
+        object.__setattr__(self, "e2b_allow_out", tuple(self.e2b_allow_out))
+        object.__setattr__(self, "e2b_deny_out", tuple(self.e2b_deny_out))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
@@ -209,6 +234,10 @@ def _paths(text: str) -> tuple[str, ...]:
     return tuple(p for p in text.split(os.pathsep) if p)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
 def _pairs(text: str) -> dict[str, str]:
     if text.startswith("{"):
         data = json.loads(text)
@@ -276,6 +305,16 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CIFIXER_KUBERNETES_NETWORK_POLICIES": ("kubernetes_network_policies", _flag),
     "CIFIXER_KUBERNETES_GRACE_S": ("kubernetes_grace_s", int),
     "CIFIXER_KUBERNETES_POD_TEMPLATE": ("kubernetes_pod_template", str),
+    "CIFIXER_E2B_API_KEY": ("e2b_api_key", str),
+    "CIFIXER_E2B_DOMAIN": ("e2b_domain", str),
+    "CIFIXER_E2B_API_URL": ("e2b_api_url", str),
+    "CIFIXER_E2B_SANDBOX_URL": ("e2b_sandbox_url", str),
+    "CIFIXER_E2B_ACCOUNT": ("e2b_account", str),
+    "CIFIXER_E2B_TEMPLATE": ("e2b_template", str),
+    "CIFIXER_E2B_USER": ("e2b_user", str),
+    "CIFIXER_E2B_ALLOW_OUT": ("e2b_allow_out", _words),
+    "CIFIXER_E2B_DENY_OUT": ("e2b_deny_out", _words),
+    "CIFIXER_E2B_CREATES_PER_S": ("e2b_creates_per_s", float),
 }
 
 assert {name for name, _ in VARIABLES.values()} == {f.name for f in fields(AppConfig)}  # each field has its variable

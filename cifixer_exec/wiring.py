@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import version
 from types import ModuleType
 
+from cifixer_exec.backends.pace import ProcessPace
 from cifixer_exec.backends.registry import check_backend, make_backend
 from cifixer_exec.channel.portal import Portal
 from cifixer_exec.environment import AsyncSandboxEnvironment
@@ -24,6 +25,7 @@ from cifixer_exec.settings import AppConfig, host_and_port
 from cifixer_exec.store.connection import SOCKET_TIMEOUT_S, connect
 from cifixer_exec.store.journal import Journal
 from cifixer_exec.store.keys import direct_queue
+from cifixer_exec.store.pace import SharedPace
 from cifixer_exec.store.redis_errors import translated
 from cifixer_exec.worker.execution import Executor
 from cifixer_exec.worker.exposure import Exposure
@@ -104,7 +106,8 @@ async def attach_environment(config: AppConfig, sandbox_id: str) -> AsyncSandbox
 
 def make_runtime(config: AppConfig, *, wid: str, answer: Answer) -> WorkerRuntime:
     """Everything of a worker process besides Celery; ``answer`` is Celery's part of it."""
-    backend = make_backend(config)
+    # Whoever makes sandboxes keeps the pace that the others of the account keep too.
+    backend = make_backend(config, pace=SharedPace(config.redis_url, ProcessPace()))
     portal, lease_portal = Portal(), Portal("cifixer-lease")
     # What a worker has to say it repeats itself, and a heartbeat that waits is none: with its retries it fits into a lease.
     journal = make_journal(config, patience_s=0.0)

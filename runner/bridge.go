@@ -14,6 +14,7 @@ func bridgeMain(args []string) int {
 	flags.SetOutput(io.Discard)
 	socket := flags.String("socket", "", "")
 	wait := flags.Float64("wait", 5, "") // seconds: the runner may still be starting
+	textual := flags.Bool("text", false, "")
 	if err := flags.Parse(args); err != nil || *socket == "" {
 		return complain("bridge: needs --socket PATH")
 	}
@@ -23,6 +24,9 @@ func bridgeMain(args []string) int {
 	}
 	if os.Geteuid() == 0 {
 		_ = dropCapabilities() // a container engine gives an exec all that the container may have; what was needed is open
+	}
+	if *textual {
+		return bridgeTextual(conn)
 	}
 	if err := handOverPipes(conn, os.Stdin, os.Stdout); err != nil {
 		return complain("bridge: %s", err)

@@ -12,15 +12,16 @@ const (
 	protocolVersion = 1
 )
 
-const usage = `usage: runner serve|bridge|stop|install|supervise|launch|confine|version [flags]
+const usage = `usage: runner serve|bridge|stop|install|enclose|supervise|launch|confine|version [flags]
 
   serve      run commands for workers that connect to a Unix socket
   bridge     join standard input and output to that socket
   stop       end serve, and the sandbox with it; only from outside of the sandbox
   install    copy this program to where a sandbox finds it
+  enclose    start serve as PID 1 of a namespace of its own, in a virtual machine
   launch     open the socket on the host and start a sandbox that serves it
   version    print the version
-(supervise and confine are started by serve and launch only; see docs/protocol.md)
+(supervise, confine, keep and enclosed are started by these only; see docs/protocol.md)
 `
 
 func main() {
@@ -34,6 +35,7 @@ func main() {
 	subcommands := map[string]func([]string) int{
 		"serve": serveMain, "bridge": bridgeMain, "supervise": superviseMain, "install": installMain, "stop": stopMain,
 		"launch": launchMain, "confine": confineMain, "version": versionMain,
+		"enclose": encloseMain, "keep": keepMain, "enclosed": enclosedMain,
 	}
 	run, known := subcommands[os.Args[1]]
 	if !known {

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifixer_exec.backends.base import Backend
+from cifixer_exec.backends.pace import Pace
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.errors import BackendUnavailableError, InvalidRequestError
 from cifixer_exec.settings import AppConfig
@@ -33,7 +34,7 @@ def _labelled(config: AppConfig) -> str:
     return f"{config.namespace}/direct" if config.dispatch == "direct" else config.namespace
 
 
-def _local(config: AppConfig) -> Backend:
+def _local(config: AppConfig, _pace: Pace | None) -> Backend:
     from cifixer_exec.backends.local import LocalBackend
     from cifixer_exec.backends.local.cgroups import detect
 
@@ -47,7 +48,7 @@ def _local(config: AppConfig) -> Backend:
     )
 
 
-def _docker_local(config: AppConfig) -> Backend:
+def _docker_local(config: AppConfig, _pace: Pace | None) -> Backend:
     with _of_extra("docker", "docker_local"):
         from cifixer_exec.backends.docker_local import Address, DockerBackend, DockerOptions
 
@@ -65,7 +66,7 @@ def _docker_local(config: AppConfig) -> Backend:
     )
 
 
-def _kubernetes(config: AppConfig) -> Backend:
+def _kubernetes(config: AppConfig, _pace: Pace | None) -> Backend:
     with _of_extra("kubernetes", "kubernetes"):
         from cifixer_exec.backends.kubernetes import Address, KubernetesBackend, KubernetesOptions
         from cifixer_exec.backends.kubernetes.template import read
@@ -93,10 +94,34 @@ def _kubernetes(config: AppConfig) -> Backend:
     )
 
 
-#: They follow behind the same contract.
-PLANNED = ("e2b",)
+def _e2b(config: AppConfig, pace: Pace | None) -> Backend:
+    with _of_extra("e2b", "e2b"):
+        from cifixer_exec.backends.e2b import Access, E2BBackend, E2BOptions
 
-_FACTORIES: dict[str, Callable[[AppConfig], Backend]] = {"local": _local, "docker_local": _docker_local, "kubernetes": _kubernetes}
+    options = E2BOptions(
+        template=config.image or config.e2b_template,
+        user=config.e2b_user,
+        allow_out=config.e2b_allow_out,
+        deny_out=config.e2b_deny_out,
+        creates_per_s=config.e2b_creates_per_s,
+        start_timeout_s=config.start_timeout_s * _SHARE_OF_START,
+    )
+    access = Access(
+        api_key=config.e2b_api_key,
+        domain=config.e2b_domain,
+        api_url=config.e2b_api_url,
+        sandbox_url=config.e2b_sandbox_url,
+        account=config.e2b_account,
+    )
+    return E2BBackend(access=access, namespace=_labelled(config), options=options, pace=pace)
+
+
+_FACTORIES: dict[str, Callable[[AppConfig, Pace | None], Backend]] = {
+    "local": _local,
+    "docker_local": _docker_local,
+    "kubernetes": _kubernetes,
+    "e2b": _e2b,
+}
 
 
 def backend_names() -> tuple[str, ...]:
@@ -110,16 +135,18 @@ def check_backend(name: str) -> str:
     Raises:
         InvalidRequestError: there is none.
     """
-    if name in PLANNED:
-        raise InvalidRequestError(f"backend {name!r} is planned and not in this version yet: take one of {', '.join(_FACTORIES)}")
     if name not in _FACTORIES:
         raise InvalidRequestError(f"backend {name!r} is not known: take one of {', '.join(_FACTORIES)}")
     return name
 
 
-def make_backend(config: AppConfig) -> Backend:
-    """The backend that ``config`` names. Raises InvalidRequestError for an unknown name."""
-    return _FACTORIES[check_backend(config.execution_backend)](config)
+def make_backend(config: AppConfig, *, pace: Pace | None = None) -> Backend:
+    """The backend that ``config`` names. ``pace``: of creations, where a platform wants one; without it each process has its own.
+
+    Raises:
+        InvalidRequestError: there is none of this name.
+    """
+    return _FACTORIES[check_backend(config.execution_backend)](config, pace)
 
 
 def find_bwrap(configured: str) -> Path | None:

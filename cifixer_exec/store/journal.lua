@@ -24,6 +24,7 @@
 --   born           hash    server's run id, and ms when it was first seen with this data        -
 --   out:<oid>      stream  output "e i s o d", then one end entry "e end r b"   - ; retention once final
 --   lock:sweep     string  one janitor at a time                                               PX 900
+--   pace:<account> string  ms of the next turn to make a sandbox; in a namespace of its own        PX until then
 --   <queue>        list    Celery's own; so are the three _kombu.binding sets touched by clean_worker   -
 --   ctl:<wid>      channel op ids to cancel
 --
@@ -703,6 +704,17 @@ end
 function verbs.answered(oid)
   call('ZREM', prefix .. 'answers', oid)
   return {'ok'}
+end
+
+-- A turn to make a sandbox: how long until it comes, which takes it; or that it would come too late, which takes nothing.
+function verbs.pace(account, interval_ms, most_ms)
+  local turn = math.max(now, tonumber(call('GET', key('pace', account)) or 0))
+  if turn - now > tonumber(most_ms) then
+    return {'late', turn - now}
+  end
+  local following = turn + tonumber(interval_ms)
+  call('SET', key('pace', account), string.format('%.0f', following), 'PX', following - now)
+  return {'ok', turn - now}
 end
 
 return verbs[ARGV[1]](unpack(ARGV, 3))

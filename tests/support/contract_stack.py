@@ -27,6 +27,7 @@ from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.records import WorkerRecord
 from cifixer_exec.wiring import make_journal
 from tests.support.docker_daemon import NoDaemonError, docker_host, image_for_tests, left_on_daemon
+from tests.support.e2b_service import NoServiceError, left_in_service, service_settings
 from tests.support.kubernetes_cluster import NoClusterError, cluster_settings, left_in_cluster
 
 REQUIRE = "CIFIXER_TEST_REQUIRE"
@@ -53,6 +54,11 @@ def check_daemon(name: str) -> None:
             cluster_settings()
         except NoClusterError as error:
             absent(name, str(error))
+    if name == "e2b":
+        try:
+            service_settings()
+        except NoServiceError as error:
+            absent(name, str(error))
 
 
 def check_present(name: str, config: AppConfig) -> None:
@@ -68,6 +74,8 @@ def on_backend(name: str, config: AppConfig) -> AppConfig:
         return config.with_(execution_backend=name, docker_host=docker_host(), image=image_for_tests(docker_host()))
     if name == "kubernetes":
         return config.with_(execution_backend=name, **cluster_settings())
+    if name == "e2b":
+        return config.with_(execution_backend=name, **service_settings())
     return config.with_(execution_backend=name)
 
 
@@ -181,6 +189,8 @@ class ContractSession:
             found += left_on_daemon(self.namespace)
         if cluster_settings.cache_info().currsize:
             found += left_in_cluster(self.namespace)
+        if service_settings.cache_info().currsize:
+            found += left_in_service(self.namespace)
         return found
 
     def remove(self) -> None:

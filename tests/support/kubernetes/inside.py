@@ -34,7 +34,7 @@ def build(request: dict[str, Any]) -> None:
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | network)
     kernel.make_private()
     root = request["mount_point"]
-    kernel.mount("image", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=64m,mode=755")
+    kernel.mount("image", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, f"size={request.get('root_size', '64m')},mode=755")
     _image(root, request["image"])
     if not request["readonly_root"] and os.path.isdir(f"{root}/var/tmp"):
         kernel.mount("var-tmp", f"{root}/var/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=64m,mode=1777")
@@ -62,6 +62,10 @@ def _image(root: str, image: dict[str, Any]) -> None:
     for name in image["directories"]:
         os.makedirs(f"{root}/{name}", exist_ok=True)
         os.chmod(f"{root}/{name}", 0o1777 if name.endswith("tmp") else 0o755)
+    for name, text in image.get("files", {}).items():
+        _write(f"{root}/{name}", text)
+    for name, owner in image.get("owners", {}).items():
+        os.chown(f"{root}/{name}", owner, owner)
 
 
 def kernel_views(root: str, request: dict[str, Any]) -> None:
@@ -102,7 +106,10 @@ def _devices(dev: str, plain: int, shm: str) -> None:
     for name in ("pts", "shm", "mqueue"):
         os.mkdir(f"{dev}/{name}")
     kernel.mount("devpts", f"{dev}/pts", "devpts", plain, "newinstance,ptmxmode=0666,mode=0620")
-    kernel.bind(shm, f"{dev}/shm")
+    if shm:
+        kernel.bind(shm, f"{dev}/shm")
+    else:
+        kernel.mount("shm", f"{dev}/shm", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=1777")
 
 
 def _volume(root: str, volume: dict[str, Any]) -> None:

@@ -121,13 +121,17 @@ class Launcher:
                     if name in namespaces:
                         kernel.setns(namespaces[name], kind)
             reason = "start"
-            inside.become(request, descriptors)
+            self._enter(request, descriptors)
         except BaseException as error:
             text = error.args[0] if isinstance(error, inside.StartError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):
                 os.write(teller, json.dumps({"error": text, "reason": reason}).encode())
         finally:
             os._exit(70)
+
+    def _enter(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        """In its namespaces and control groups already. Never returns, or raises."""
+        inside.become(request, descriptors)
 
     def _started(self, told: int) -> None:
         name, pid, is_container = self._starting.pop(told)
@@ -178,7 +182,7 @@ class Launcher:
             self._requests.send(json.dumps(message).encode())
 
 
-def start_launcher() -> tuple[socket.socket, int]:
+def start_launcher(kind: type[Launcher] = Launcher) -> tuple[socket.socket, int]:
     """Forks the launcher; to be called while this process has one thread. Returns the socket to it and its pid."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
@@ -192,7 +196,7 @@ def start_launcher() -> tuple[socket.socket, int]:
         kernel.die_with_parent(signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        Launcher(theirs).serve()
+        kind(theirs).serve()
     except BaseException:
         import traceback
 

@@ -92,7 +92,7 @@ def main(directory: Path, *, tls: bool) -> None:
         one_user = enter_namespaces()
         requests, _ = start_launcher()
     except OSError as error:
-        _say(error=f"Pods as local processes need root or unprivileged user namespaces, and this process may not make namespaces: {error}")
+        say(error=f"Pods as local processes need root or unprivileged user namespaces, and this process may not make namespaces: {error}")
         return
     asyncio.run(_serve(directory, requests, one_user=one_user, tls=tls))
 
@@ -108,8 +108,8 @@ async def _serve(directory: Path, requests: socket.socket, *, one_user: bool, tl
     runner = web.AppRunner(control.application(), access_log=None)
     await runner.setup()
     await web.UnixSite(runner, str(directory / "control")).start()
-    _say(port=listener.port, one_user=one_user, limited=cluster.runtime.limited)
-    await _end_of_input(loop)
+    say(port=listener.port, one_user=one_user, limited=cluster.runtime.limited)
+    await end_of_input(loop)
     await listener.close()
     await cluster.kubelet.close()
     await runner.cleanup()
@@ -117,7 +117,8 @@ async def _serve(directory: Path, requests: socket.socket, *, one_user: bool, tl
     shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _end_of_input(loop: asyncio.AbstractEventLoop) -> None:
+async def end_of_input(loop: asyncio.AbstractEventLoop) -> None:
+    """Of this process's own: its starter has closed it, or is gone."""
     ended = asyncio.Event()
 
     def read() -> None:
@@ -129,6 +130,7 @@ async def _end_of_input(loop: asyncio.AbstractEventLoop) -> None:
     await ended.wait()
 
 
-def _say(**what: object) -> None:
+def say(**what: object) -> None:
+    """To the starter."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()

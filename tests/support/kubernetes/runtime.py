@@ -50,13 +50,17 @@ class Process:
 
 
 class Runtime:
-    """``one_user``: this process has no other; ``name`` is that of its control groups."""
+    """``one_user``: this process has no other; ``name`` is that of its control groups.
 
-    def __init__(self, requests: socket.socket, knobs: Knobs, *, name: str, one_user: bool) -> None:
+    ``together``: what is out of memory ends as a whole. Without, the kernel's victim does, as in a machine of its own.
+    """
+
+    def __init__(self, requests: socket.socket, knobs: Knobs, *, name: str, one_user: bool, together: bool = True) -> None:
         self._requests = requests
         self._requests.setblocking(False)
         self._name = name
         self._one_user = one_user
+        self._together = together
         self._knobs = knobs
         self._cgroups: Cgroups | None = detect()
         self._waiting: dict[str, asyncio.Future[int]] = {}
@@ -90,9 +94,9 @@ class Runtime:
         self._watch(process)
         return process
 
-    async def execute(self, container: Process, command: list[str], descriptors: list[int]) -> Process:
-        """A further process in a running container. Raises LaunchError."""
-        request = {**container.request, "verb": "exec", "container": container.name, "command": command}
+    async def execute(self, container: Process, command: list[str], descriptors: list[int], **other: Any) -> Process:
+        """A further process in a running container; ``other`` is what it has not from there. Raises LaunchError."""
+        request = {**container.request, **other, "verb": "exec", "container": container.name, "command": command}
         return await self._launch(request, self._new_name(), descriptors)
 
     def kill(self, process: Process, signal_number: int) -> None:
@@ -190,7 +194,7 @@ class Runtime:
 
     def _watch(self, process: Process) -> None:
         """As the kubelet has it: on cgroup v2 the kernel ends all of a container with one of its processes, on version 1 that one."""
-        if self._cgroups is None:
+        if self._cgroups is None or not self._together:
             return
         if self._cgroups.version == 2:
             with suppress(OSError):

@@ -33,6 +33,19 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def ordered(control: Path, verb: str, arguments: Json) -> Any:
+    """What a control endpoint has done. Raises RuntimeError."""
+    connection = _Connection(control)
+    try:
+        connection.request("POST", f"/{verb}", json.dumps(arguments))
+        answer = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["result"]
+
+
 @dataclass(frozen=True)
 class StandIn:
     """A running one; several processes may have it, by :meth:`at`. ``one_user``: user ids within Pods are names for one user."""
@@ -52,15 +65,7 @@ class StandIn:
 
     def order(self, verb: str, /, **arguments: Any) -> Any:
         """See Control for the verbs. Raises RuntimeError."""
-        connection = _Connection(self.directory / "control")
-        try:
-            connection.request("POST", f"/{verb}", json.dumps(arguments))
-            answer = json.loads(connection.getresponse().read())
-        finally:
-            connection.close()
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["result"]
+        return ordered(self.directory / "control", verb, arguments)
 
     def namespace(self, name: str, *, labels: dict[str, str] | None = None, accounts: tuple[str, ...] = ()) -> None:
         """A new one, with service accounts."""

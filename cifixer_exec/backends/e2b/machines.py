@@ -1,0 +1,207 @@
+"""Making and finding the microVMs of sandboxes, and starting the runner in them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e2b import CommandExitException, Sandbox, SandboxInfo
+
+from cifixer_exec.backends.e2b.account import Account
+from cifixer_exec.backends.e2b.names import Names
+from cifixer_exec.backends.limits import limit_arguments, root_arguments
+from cifixer_exec.backends.pace import Pace
+from cifixer_exec.backends.runner import runner_path
+from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxLostError, SandboxStartError
+from cifixer_exec.model import SandboxSpec
+
+#: In the microVM. Root's but for the spool, and below a directory that others can only pass through.
+DIRECTORY = "/var/lib/cifixer-exec"
+RUNNER, SOCKET, SPOOL, ENDED = f"{DIRECTORY}/runner", f"{DIRECTORY}/channel/socket", f"{DIRECTORY}/spool", f"{DIRECTORY}/ended"
+WORKSPACE, TMP = "/workspace", "/tmp"  # noqa: S108
+BRIDGE = f"exec {RUNNER} bridge --text --socket {SOCKET}"
+#: The microVM ends so long behind the runner, so that the reason can still be told; no longer than plans allow
+#: (https://e2b.dev/docs/sandbox: an hour, and a day).
+_SLACK_S, _PLANS_S = 15, (3600, 86_400)
+_SCRIPT_TIMEOUT_S = 60.0
+_LOOK_S = 0.2
+_NO_RUNNER, _NO_USER, _CANNOT_RUN = 66, 67, 126
+INTERNET, NONE = "internet", "none"
+_ALL = "0.0.0.0/0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class E2BOptions:
+    """How sandboxes are made, whatever their spec. ``allow_out`` and ``deny_out``: addresses, blocks and host names, for ``internet``."""
+
+    template: str = "base"
+    user: str = "user"
+    allow_out: tuple[str, ...] = ()
+    deny_out: tuple[str, ...] = ()
+    #: Of the account, at all its workers together.
+    creates_per_s: float = 1.0
+    start_timeout_s: float = 110.0
+
+
+def lease_s(lifetime_s: float) -> int:
+    """E2B's time-out for a sandbox of that lifetime."""
+    wanted = math.ceil(lifetime_s) + _SLACK_S
+    return next((plan for plan in _PLANS_S if lifetime_s <= plan < wanted), wanted)
+
+
+def egress(network: str | None, options: E2BOptions) -> dict[str, Any]:
+    """Of ``Sandbox.create``. Nobody reaches the ports of a sandbox without its token (https://e2b.dev/docs/sandbox/internet-access)."""
+    if network == NONE:
+        return {"allow_internet_access": False, "network": {"allow_public_traffic": False}}
+    denied = options.deny_out or ((_ALL,) if options.allow_out else ())  # to allow some means to forbid the rest
+    lists = {"allow_out": list(options.allow_out), "deny_out": list(denied)}
+    given = {name: addresses for name, addresses in lists.items() if addresses}
+    return {"allow_internet_access": True, "network": {**given, "allow_public_traffic": False}}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Of one namespace of ours in one account."""
+
+    account: Account
+    names: Names
+    options: E2BOptions
+    pace: Pace
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def find(self, sandbox_id: str) -> SandboxInfo | None:
+        """The one there is; of several, which a server that forgets idempotency keys may have made, the first."""
+        pages = self.account.pages(f"looking for sandbox {sandbox_id!r}", self.names.query(sandbox_id))
+        found = [info for page in pages for info in page if self.names.has(info.metadata, sandbox_id)]
+        return min(found, key=lambda info: (info.started_at, info.sandbox_id), default=None)
+
+    def make(self, spec: SandboxSpec) -> str:
+        """Make it, or adopt the one there is, and start its runner; E2B's id.
+
+        Raises: as :meth:`cifixer_exec.backends.base.Backend.create`.
+        """
+        deadline_s = self.clock() + self.options.start_timeout_s
+        dead = ""
+        while True:
+            found = self.find(spec.sandbox_id)
+            adopted = found is not None and found.sandbox_id != dead
+            e2b_id = found.sandbox_id if found is not None and adopted else self._create(spec, dead, deadline_s)
+            try:
+                self._start(spec, e2b_id, is_new=not adopted)
+                return e2b_id
+            except SandboxLostError as error:  # the answer to an earlier request, or its runner has ended: it gives way
+                self._undo(e2b_id)
+                if self.clock() > deadline_s:
+                    raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}", error.code) from None
+                dead = e2b_id
+                self.sleep(_LOOK_S)
+            except BaseException as error:
+                if not adopted or isinstance(error, SandboxStartError):  # else somebody may live in it
+                    self._undo(e2b_id)
+                if isinstance(error, ExecutorError) and not isinstance(error, BackendUnavailableError):
+                    raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}", error.code) from None
+                raise
+
+    def _create(self, spec: SandboxSpec, dead: str, deadline_s: float) -> str:
+        self._await_turn(deadline_s)
+        account = self.account
+        sandbox = account.ask(
+            f"making sandbox {spec.sandbox_id!r}",
+            lambda: Sandbox.create(
+                template=spec.image or self.options.template,
+                timeout=lease_s(spec.lifetime_s),
+                metadata=self.names.metadata(spec),
+                lifecycle={"on_timeout": "kill"},
+                idempotency_key=self.names.key(spec, dead),
+                **egress(spec.network, self.options),
+                **account.options,
+            ),
+        )
+        account.remember(sandbox)
+        return str(sandbox.sandbox_id)
+
+    def _await_turn(self, deadline_s: float) -> None:
+        per_s, most_s = self.options.creates_per_s, deadline_s - self.clock()
+        wait_s = self.pace(self.account.fingerprint, per_s, most_s)
+        if wait_s is None:
+            mend = "raise CIFIXER_E2B_CREATES_PER_S if your plan allows more, or start_timeout_s"
+            raise CapacityError(
+                f"so many sandboxes wait to be made, at {per_s:g} a second, that there is no turn in {most_s:.0f} s: {mend}", mend
+            )
+        self.sleep(wait_s)
+
+    def _start(self, spec: SandboxSpec, e2b_id: str, *, is_new: bool) -> None:
+        """The runner, which is uploaded where it is not there."""
+        sandbox, upload = self.account.sandbox(e2b_id), ""
+        for attempt in (1, 2):
+            if is_new or attempt > 1:
+                upload = self._upload(sandbox)
+            code, said = self._run(sandbox, self._script(spec, upload))
+            if code == 0:
+                return
+            if code != _NO_RUNNER:
+                break
+        if code == _CANNOT_RUN:
+            said = f"its machine does not run our runner, which is made for x86_64: {said}"
+        if code == _NO_USER:
+            mend = "set CIFIXER_E2B_USER to one that the template has"
+            raise SandboxStartError(f"its template has no user {self.options.user!r}: {mend}", mend)
+        if "the sandbox has ended" in said:
+            raise SandboxLostError(said)
+        raise SandboxStartError(f"its runner does not start: {said or f'exit code {code}'}")
+
+    def _upload(self, sandbox: Sandbox) -> str:
+        """Under a name of its own: another worker may be at it too."""
+        path = f"{RUNNER}.{secrets.token_hex(6)}"
+        program = Path(runner_path("x86_64")).read_bytes()
+        self.account.ask("uploading the runner", lambda: sandbox.files.write(path, program, user="root"))
+        return path
+
+    def _run(self, sandbox: Sandbox, script: str) -> tuple[int, str]:
+        def run() -> tuple[int, str]:
+            try:
+                sandbox.commands.run(script, user="root", cwd="/", timeout=_SCRIPT_TIMEOUT_S)
+            except CommandExitException as error:
+                return int(error.exit_code), error.stderr.strip()[-1500:]
+            return 0, ""
+
+        return self.account.ask("starting the runner", run)
+
+    def _script(self, spec: SandboxSpec, upload: str) -> str:
+        user = shlex.quote(self.options.user)
+        put = f"chmod 555 {upload} && mv -f {upload} {RUNNER} || exit {_NO_RUNNER}" if upload else ""
+        serve = [
+            *("--socket", SOCKET, "--keep-socket", "--spool", SPOOL, "--volatile-spool", "--workspace", WORKSPACE),
+            *root_arguments(WORKSPACE, TMP),
+            *limit_arguments(spec),
+        ]
+        return "\n".join(
+            (
+                f"mkdir -p {DIRECTORY} && chmod 711 {DIRECTORY} && [ ! -L {DIRECTORY} ] || exit 1",
+                put,
+                f"[ -x {RUNNER} ] || exit {_NO_RUNNER}",
+                f"u=$(id -u {user}) && g=$(id -g {user}) || exit {_NO_USER}",
+                f"h=$(getent passwd {user} | cut -d: -f6); h=${{h:-/home/{user}}}",
+                f"export HOME=$h USER={user} LOGNAME={user} SHELL=/bin/sh TERM=dumb CI=true; unset BASH_ENV ENV MAIL OLDPWD SHLVL",
+                f'exec {RUNNER} enclose --directory {DIRECTORY} -- --user "$u:$g" --allow-root "$h" {shlex.join(serve)}',
+            )
+        )
+
+    def _undo(self, e2b_id: str) -> None:
+        """End what could not be started; what fails here, its time-out does."""
+        with suppress(ExecutorError):
+            self.remove(e2b_id)
+
+    def remove(self, e2b_id: str) -> None:
+        """One that is gone is no error. Raises BackendError when it may still be there."""
+        self.account.forget(e2b_id)
+        with suppress(SandboxLostError):
+            self.account.ask(f"ending its sandbox {e2b_id}", lambda: Sandbox.kill(e2b_id, **self.account.options))

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"encoding/base64"
+	"io"
+	"net"
+	"os"
+)
+
+// Textual is the channel over an exec whose output is text: each piece becomes a line of base64. What a login shell may have said before
+// is not ours, so the first line says where we begin. Input stays as it is.
+const textualBegin = "cifixer-exec:1\n"
+
+const textualPiece = 48 * 1024 // of bytes, a multiple of 3: no padding but at the end of what there is
+
+func copyTextual(conn *net.UnixConn, in io.Reader, out io.Writer) error {
+	if _, err := io.WriteString(out, textualBegin); err != nil {
+		return err
+	}
+	go func() {
+		_, _ = io.Copy(conn, in)
+		_ = conn.CloseWrite()
+	}()
+	piece := make([]byte, textualPiece)
+	line := make([]byte, base64.StdEncoding.EncodedLen(textualPiece)+1)
+	for {
+		n, err := conn.Read(piece)
+		if n > 0 {
+			size := base64.StdEncoding.EncodedLen(n)
+			base64.StdEncoding.Encode(line, piece[:n])
+			line[size] = '\n'
+			if _, err := out.Write(line[:size+1]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// bridgeTextual is the bridge that stays in between.
+func bridgeTextual(conn *net.UnixConn) int {
+	if err := copyTextual(conn, os.Stdin, os.Stdout); err != nil {
+		return complain("bridge: %s", err)
+	}
+	return 0
+}

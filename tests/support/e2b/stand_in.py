@@ -1,0 +1,137 @@
+"""An E2B service of one machine for tests: its API and its sandboxes' envd on loopback ports, sandboxes as real local processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.kubernetes.stand_in import NotHereError, ordered, remove_groups
+
+__all__ = ["NotHereError", "Service", "StandIn"]
+Json = dict[str, Any]
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running one; several processes may have it, by :meth:`at`. ``limited``: memory and processes of sandboxes are limited."""
+
+    directory: Path
+    api_url: str
+    sandbox_url: str
+    api_key: str
+    limited: bool
+
+    @classmethod
+    def at(cls, directory: Path) -> Service:
+        """The one that another process has started."""
+        return cls(directory, **json.loads((directory / "about.json").read_text()))
+
+    @property
+    def connection(self) -> dict[str, str]:
+        """For the SDK: ``Sandbox.create(template, **service.connection)``."""
+        return {"api_url": self.api_url, "sandbox_url": self.sandbox_url, "api_key": self.api_key}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a process that uses the SDK."""
+        return {"E2B_API_URL": self.api_url, "E2B_SANDBOX_URL": self.sandbox_url, "E2B_API_KEY": self.api_key}
+
+    def order(self, verb: str, /, **arguments: Any) -> Any:
+        """See Control for the verbs. Raises RuntimeError."""
+        return ordered(self.directory / "control", verb, arguments)
+
+    def set(self, **knobs: Any) -> None:
+        """See Knobs."""
+        self.order("set", **knobs)
+
+    def fault(self, *, path: str = "", method: str = "", **what: Any) -> None:
+        """See Fault: times, skip, status, drop, after, delay_s, message, headers."""
+        self.order("fault", path=path, method=method, **what)
+
+    def key(self, team: str) -> str:
+        """A further API key."""
+        return str(self.order("add_key", team=team))
+
+    def asked(self) -> Json:
+        """``requests`` by kind, ``faults`` that were met, ``creates`` (``body``, ``headers``, ``team``) and ``networks``."""
+        found: Json = self.order("asked")
+        return found
+
+    def left(self) -> dict[str, list[Any]]:
+        """``sandboxes``, ``processes``, ``mounts`` and ``groups`` that are there."""
+        found: dict[str, list[Any]] = self.order("left")
+        return found
+
+
+class StandIn:
+    """``with StandIn() as service``: one of our own, gone with all its processes, mounts and control groups at the end.
+
+    It also ends when this process does, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="es-"))  # short: a socket's path has at most 107 bytes
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Service:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Service:
+        """Raises NotHereError."""
+        self._directory.chmod(0o711)
+        root = str(Path(__file__).parents[3])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+        command = [sys.executable, "-m", "tests.support.e2b", str(self._directory)]
+        with (self._directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
+            )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        told = json.loads(line) if line else {"error": self.log[-2000:]}
+        if "error" in told:
+            self.close()
+            raise NotHereError(told["error"])
+        urls = {f"{name}_url": f"http://127.0.0.1:{told['ports'][port]}" for name, port in (("api", "api"), ("sandbox", "envd"))}
+        (self._directory / "about.json").write_text(json.dumps({**urls, "api_key": told["key"], "limited": told["limited"]}))
+        return Service.at(self._directory)
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return 0 if self._process is None else self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What its process has written."""
+        return (self._directory / "log").read_text()
+
+    def close(self) -> None:
+        """Raises RuntimeError when it does not end by itself."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise RuntimeError(f"the stand-in did not end: {self.log[-2000:]}") from None
+        finally:
+            process.stdout.close()
+            remove_groups(f"stand-in-{self._directory.name}")
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,65 @@
+"""The E2B service that tests use: the real one if ``CIFIXER_TEST_E2B`` is set, which costs money; else a stand-in of this process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from functools import cache
+from typing import Any
+
+from cifixer_exec import AppConfig
+from cifixer_exec.backends.registry import make_backend
+from tests.support.e2b.stand_in import NotHereError, Service, StandIn
+
+#: Any text; then ``E2B_API_KEY`` and its kin say where.
+REAL = "CIFIXER_TEST_E2B"
+
+
+class NoServiceError(Exception):
+    """Why there is none."""
+
+
+def is_real() -> bool:
+    """Whether the tests were told to use the real service."""
+    return bool(os.environ.get(REAL))
+
+
+@cache
+def service_settings() -> dict[str, Any]:
+    """Members of an AppConfig. Raises NoServiceError."""
+    if is_real():
+        if not os.environ.get("E2B_API_KEY"):
+            raise NoServiceError(f"{REAL} is set and E2B_API_KEY is not")
+        return {"e2b_creates_per_s": 1.0}
+    return settings_on(service())
+
+
+@cache
+def service() -> Service:
+    """The one of this process, which ends with it. Raises NoServiceError."""
+    own = StandIn()
+    try:
+        started = own.start()
+    except NotHereError as error:
+        raise NoServiceError(str(error)) from None
+    atexit.register(own.close)
+    return started
+
+
+def settings_on(found: Service) -> dict[str, Any]:
+    """On a stand-in, which lets us make as many a second as we like."""
+    return {
+        "e2b_api_key": found.api_key,
+        "e2b_api_url": found.api_url,
+        "e2b_sandbox_url": found.sandbox_url,
+        "e2b_creates_per_s": 1000.0,
+    }
+
+
+def left_in_service(namespace: str) -> list[str]:
+    """What is there of one namespace of ours."""
+    found = []
+    for dispatch in ("queue", "direct"):
+        config = AppConfig(execution_backend="e2b", dispatch=dispatch, namespace=namespace, **service_settings())
+        found += [f"sandbox {o.handle.sandbox_id} ({dispatch}) {o.handle.data}" for o in make_backend(config).list_owned()]
+    return found
