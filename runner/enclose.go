@@ -151,5 +151,8 @@ func enclosedMain(args []string) int {
 	if err := syscall.Mount("proc", "/proc", "proc", syscall.MS_NOSUID|syscall.MS_NODEV|syscall.MS_NOEXEC, ""); err != nil {
 		return complain("enclosed: mount /proc: %s", err)
 	}
+	if err := installSeccomp(); err != nil {
+		return complain("enclosed: %s", err)
+	}
 	return serveMain(args)
 }

@@ -31,6 +31,7 @@ func newEnclosure(t *testing.T) *enclosure {
 	if err != nil {
 		t.Fatal(err)
 	}
+	_ = os.Chmod(dir, 0o711) // its user passes through
 	e := &enclosure{t, dir}
 	t.Cleanup(func() {
 		e.killServe()
@@ -146,6 +147,16 @@ func TestEnclosedServeIsPidOneAndSeesOnlyItsOwn(t *testing.T) {
 	e.run("kill -9 -1 2>/dev/null; kill -9 1; kill -TERM 1")
 	if got := e.run("echo still here"); got != "still here\n" {
 		t.Errorf("behind kill -9 -1 a command said %q", got)
+	}
+}
+
+func TestEnclosedCommandsMakeNoNamespaces(t *testing.T) {
+	e := newEnclosure(t)
+	if said, err := e.start("--user", "1000:1000"); err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+	if got := e.run("grep Seccomp: /proc/self/status; unshare -U true 2>/dev/null || echo refused"); got != "Seccomp:\t2\nrefused\n" {
+		t.Errorf("%q", got)
 	}
 }
 

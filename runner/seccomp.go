@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"syscall"
+	"unsafe"
 )
 
 // The filter of system calls that every isolated command runs under: a deny list in the spirit of Docker's default profile
@@ -120,11 +121,11 @@ func (a architecture) judge(call systemCall, refusal uint32, tests ...bpfInstruc
 	return append(block, bpfInstruction{code: bpfReturn, parameter: refusal}, bpfInstruction{code: bpfReturn, parameter: seccompAllow})
 }
 
-// openSeccomp gives a descriptor to read this machine's filter from, as bubblewrap's --seccomp wants it.
-func openSeccomp() (int, error) {
+// filter is this machine's program as the kernel wants it; struct sock_filter.
+func filter() ([]byte, error) {
 	machine, known := architectures[runtime.GOARCH]
 	if !known {
-		return -1, fmt.Errorf("no seccomp filter for %s", runtime.GOARCH)
+		return nil, fmt.Errorf("no seccomp filter for %s", runtime.GOARCH)
 	}
 	var buffer bytes.Buffer
 	for _, i := range machine.seccompProgram() {
@@ -134,13 +135,40 @@ func openSeccomp() (int, error) {
 			Parameter uint32
 		}{i.code, i.yes, i.no, i.parameter})
 	}
+	return buffer.Bytes(), nil
+}
+
+// installSeccomp puts this process under the filter for good, with all its threads and whatever it starts; seccomp(2).
+func installSeccomp() error {
+	program, err := filter()
+	if err != nil {
+		return err
+	}
+	header := struct {
+		count   uint16
+		program *byte
+	}{uint16(len(program) / 8), &program[0]}
+	const setModeFilter, allThreads = 1, 1
+	number := architectures[runtime.GOARCH].number(systemCall{"seccomp", 317, 277})
+	if _, _, errno := syscall.Syscall(uintptr(number), setModeFilter, allThreads, uintptr(unsafe.Pointer(&header))); errno != 0 {
+		return os.NewSyscallError("seccomp", errno)
+	}
+	return nil
+}
+
+// openSeccomp gives a descriptor to read this machine's filter from, as bubblewrap's --seccomp wants it.
+func openSeccomp() (int, error) {
+	program, err := filter()
+	if err != nil {
+		return -1, err
+	}
 	var ends [2]int
 	if err := syscall.Pipe2(ends[:], syscall.O_CLOEXEC); err != nil {
 		return -1, os.NewSyscallError("pipe2", err)
 	}
 	defer syscall.Close(ends[1])
-	if written, err := syscall.Write(ends[1], buffer.Bytes()); err != nil || written != buffer.Len() { // far less than a pipe holds
-		return -1, fmt.Errorf("seccomp filter: %d of %d bytes written: %w", written, buffer.Len(), err)
+	if written, err := syscall.Write(ends[1], program); err != nil || written != len(program) { // far less than a pipe holds
+		return -1, fmt.Errorf("seccomp filter: %d of %d bytes written: %w", written, len(program), err)
 	}
 	return ends[0], nil
 }

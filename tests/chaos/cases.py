@@ -20,6 +20,7 @@ from tests.chaos.plan import LEASE_S
 from tests.chaos.workers import Worker, Workers
 from tests.support.contract_stack import on_backend
 from tests.support.docker_daemon import left_on_daemon
+from tests.support.e2b_service import left_in_service
 from tests.support.failpoints import Arm
 from tests.support.kubernetes_cluster import left_in_cluster
 
@@ -233,4 +234,6 @@ def left_of(config: AppConfig) -> list[str]:
         return left_on_daemon(config.namespace)
     if config.execution_backend == "kubernetes":
         return left_in_cluster(config.namespace)
+    if config.execution_backend == "e2b":
+        return left_in_service(config.namespace)
     return [str(path) for path in config.state_dir.glob("*/sandboxes/*")]

@@ -42,9 +42,10 @@ _OFTEN = {
     "ready": 2,
     "daemon": 4,
     "api": 4,
+    "service": 4,
 }
 #: A worker that waits for its point lives so much longer, where sandboxes take their time: else it dies at random before.
-_PATIENCE = {"local": 1.0, "docker_local": 1.7, "kubernetes": 1.7}
+_PATIENCE = {"local": 1.0, "docker_local": 1.7, "kubernetes": 1.7, "e2b": 1.7}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from e2b import Sandbox
+
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.local import LocalBackend
 from cifixer_exec.backends.local.cgroups import detect
@@ -14,7 +16,7 @@ from cifixer_exec.backends.registry import find_bwrap, make_backend
 from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.model import SandboxSpec
 from tests.chaos.report import Report
-from tests.support import kubernetes_bystanders
+from tests.support import e2b_sandboxes, e2b_service, kubernetes_bystanders
 from tests.support.contract_stack import ContractSession, processes_mentioning
 from tests.support.docker_bystanders import Bystanders
 from tests.support.docker_events import ContainerEvents
@@ -35,7 +37,11 @@ class Platform(Protocol):
 
 def watch_platform(session: ContractSession, config: AppConfig) -> Platform:
     """The one of ``config``'s backend."""
-    kinds: dict[str, Callable[[ContractSession, AppConfig], Platform]] = {"docker_local": DockerDaemon, "kubernetes": KubernetesCluster}
+    kinds: dict[str, Callable[[ContractSession, AppConfig], Platform]] = {
+        "docker_local": DockerDaemon,
+        "kubernetes": KubernetesCluster,
+        "e2b": E2BService,
+    }
     return kinds.get(config.execution_backend, LocalHost)(session, config)
 
 
@@ -133,6 +139,44 @@ class KubernetesCluster:
         while time.monotonic() < give_up:
             now = stand_in().order("left")
             left = {k: [str(v) for v in now[k] if v not in self._before[k]] for k in ("jobs", "pods", "mounts", "groups")}
+            if not any(left.values()):
+                break
+            time.sleep(0.2)
+        return left
+
+
+class E2BService:
+    """No sandbox, process or mount; nothing asked for that there is not; and the sandboxes of others are as they were."""
+
+    def __init__(self, session: ContractSession, config: AppConfig) -> None:
+        self._session = session
+        self._config = config
+        self._before = {} if e2b_service.is_real() else e2b_service.service().left()
+        self._options = e2b_sandboxes.account_of(config).options
+        others = {"cifixer_app": "cifixer-exec", "cifixer_namespace": f"{config.namespace}x", "cifixer_sandbox_id": "bystander"}
+        self._bystanders = [Sandbox.create(metadata=m, timeout=600, **self._options) for m in ({}, others)]
+        self._harmed: list[str] = []
+
+    def close(self) -> None:
+        """The bystanders go."""
+        for bystander in self._bystanders:
+            if not Sandbox.kill(bystander.sandbox_id, **self._options):
+                self._harmed.append(f"sandbox {bystander.sandbox_id} of somebody else was ended")
+
+    def check(self, report: Report) -> None:
+        """As the class says."""
+        report.findings += _listed(self._config) + self._session.leftovers() + self._harmed
+        if e2b_service.is_real():
+            return
+        report.platform.update(e2b_service.service().asked()["requests"])
+        report.findings += [f"{kind} left in the stand-in: {one}" for kind, ones in self._settled().items() for one in ones]
+
+    def _settled(self) -> dict[str, list[str]]:
+        """What is left when the service had a moment."""
+        give_up = time.monotonic() + _SETTLE_S
+        while time.monotonic() < give_up:
+            now = e2b_service.service().left()
+            left = {kind: [str(one) for one in now[kind] if one not in self._before[kind]] for kind in now}
             if not any(left.values()):
                 break
             time.sleep(0.2)

@@ -69,6 +69,15 @@ KUBERNETES_DESTROY = _arms("destroy", "api.delete_job.before", "api.delete_job.a
 KUBERNETES_EXTEND = _arms("extend", "api.patch_job.before", "api.patch_job.after")
 
 
+#: With microVMs: between worker, E2B, and what is started within.
+E2B_COMMAND = DOCKER_COMMAND
+E2B_CREATE = _arms(
+    "create", *(f"service.{verb}.{side}" for verb in ("create", "upload", "run") for side in ("before", "after")), "ready.before"
+)
+E2B_DESTROY = _arms("destroy", "service.kill.before", "service.kill.after", "finish.before")
+E2B_EXTEND = _arms("extend", "extend.before", "extend.after")
+
+
 def _named(kind: str, arms: Iterable[Arm], story: Story) -> dict[str, tuple[Arm, Story]]:
     return {f"{kind}-{arm.action}-{arm.point}": (arm, story) for arm in arms}
 
@@ -97,7 +106,15 @@ KUBERNETES_CASES = {
     **_named("write", _arms("file", "call.after"), cases.write_file),
     **_named("extend", KUBERNETES_EXTEND, cases.extend_twice),
 }
-ON = {"local": CASES, "docker_local": DOCKER_CASES, "kubernetes": KUBERNETES_CASES}
+E2B_CASES = {
+    **_named("command", E2B_COMMAND, cases.run_command),
+    **_named("create", E2B_CREATE, cases.nothing),
+    **_named("create", [Arm(point="service.create.before", action="freeze", kind="create")], cases.nothing),
+    **_named("destroy", E2B_DESTROY, cases.nothing),
+    **_named("write", _arms("file", "call.after"), cases.write_file),
+    **_named("extend", E2B_EXTEND, cases.extend_twice),
+}
+ON = {"local": CASES, "docker_local": DOCKER_CASES, "kubernetes": KUBERNETES_CASES, "e2b": E2B_CASES}
 ALL = [(backend, name) for backend, found in ON.items() for name in found]
 CONTENT: dict[Story, bytes] = {cases.write_file: b"content", cases.extend_twice: b"moved"}
 Played = dict[str, Outcome]

@@ -39,7 +39,12 @@ from tests.support.contract_probes import wait_until
 
 GRACE_S = 1.0
 #: How each backend says that somebody removed the sandbox.
-REMOVED = {"local": "it was torn down", "docker_local": "its container was removed", "kubernetes": "its Job was deleted"}
+REMOVED = {
+    "local": "it was torn down",
+    "docker_local": "its container was removed",
+    "kubernetes": "its Job was deleted",
+    "e2b": "its microVM is gone",
+}
 
 
 @pytest.fixture

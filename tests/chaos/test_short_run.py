@@ -15,7 +15,7 @@ from tests.support.kubernetes_cluster import is_real
 
 _FEW = 8
 #: What differs with containers is what a worker does with them; the rest has its minute on the other backend.
-SECONDS = {"local": 50.0, "docker_local": 40.0, "kubernetes": 40.0}
+SECONDS = {"local": 50.0, "docker_local": 40.0, "kubernetes": 40.0, "e2b": 40.0}
 
 
 @pytest.mark.timeout(400)

@@ -76,14 +76,18 @@ def test_new_privileges_cannot_be_gained(sandbox: SandboxEnvironment) -> None:
     assert sandbox.run_command("grep NoNewPrivs /proc/self/status").text.split() == ["NoNewPrivs:", "1"]
 
 
-def test_host_files_are_not_visible(sandbox: SandboxEnvironment, tmp_path: Path) -> None:
+def test_host_files_are_not_visible(stack: Stack, sandbox: SandboxEnvironment, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("host only")
-    places = [str(tmp_path / "secret"), str(Path(__file__)), str(Path.home() / ".ssh"), "/var/run/docker.sock", "/work", "/var/log"]
+    places = [str(tmp_path / "secret"), str(Path(__file__)), str(Path.home() / ".ssh"), "/var/run/docker.sock", "/work"]
+    if stack.backend.name != "e2b":  # a machine has one of its own
+        places.append("/var/log")
     assert sandbox.run_command(["sh", "-c", 'for p; do test -e "$p" && echo "$p"; done; true', "sh", *places]).text == ""
 
 
 @pytest.mark.parametrize("path", ["/root", "/etc/shadow", "/etc/gshadow", "/etc/ssh", "/boot", "/var/lib"])
-def test_a_place_of_the_host_cannot_be_read(sandbox: SandboxEnvironment, path: str) -> None:
+def test_a_place_of_the_host_cannot_be_read(stack: Stack, sandbox: SandboxEnvironment, path: str) -> None:
+    if stack.backend.name == "e2b" and path == "/var/lib":
+        pytest.skip("a machine has one of its own")
     result = sandbox.run_command(["sh", "-c", f"ls -A {path} && cat {path}/* {path}"])
     assert (result.exit_code != 0, result.stdout) in ((True, b""), (True, path.encode() + b"\n"))
 

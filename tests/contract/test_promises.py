@@ -136,11 +136,6 @@ def test_a_signal_has_a_name_or_a_number(sandbox: SandboxEnvironment, name: str 
     assert handle.wait().signal == "INT"
 
 
-def test_what_is_planned_is_not_taken_for_a_typing_error(stack: Stack) -> None:
-    with pytest.raises(InvalidRequestError, match="'e2b' is planned"):
-        stack.create(execution_backend="e2b")
-
-
 def test_one_text_is_no_batch(sandbox: SandboxEnvironment) -> None:
     with pytest.raises(InvalidRequestError, match="list of commands"):
         sandbox.run_batch("echo a")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.local.processes import descendants
-from tests.support import docker_containers, kubernetes_pods
+from tests.support import docker_containers, e2b_sandboxes, kubernetes_pods
 
 
 def kill_init(config: AppConfig, sandbox_id: str) -> None:
@@ -20,6 +20,8 @@ def kill_init(config: AppConfig, sandbox_id: str) -> None:
         docker_containers.kill_container(config, sandbox_id)
     elif config.execution_backend == "kubernetes":
         kubernetes_pods.end_first_process(config, sandbox_id)
+    elif config.execution_backend == "e2b":
+        e2b_sandboxes.signal_runner(config, sandbox_id, "KILL")
     else:
         os.kill(_pid(config, sandbox_id, "init.json"), signal.SIGKILL)
 
@@ -31,6 +33,9 @@ def kill_all(config: AppConfig, sandbox_id: str) -> None:
         return
     if config.execution_backend == "kubernetes":
         kubernetes_pods.delete_job(config, sandbox_id)
+        return
+    if config.execution_backend == "e2b":
+        e2b_sandboxes.end_machine(config, sandbox_id)
         return
     launched = _pid(config, sandbox_id, "launch.json")
     for pid in [launched, *descendants(launched), _pid(config, sandbox_id, "init.json")]:
@@ -51,6 +56,10 @@ def frozen(config: AppConfig, sandbox_id: str) -> Iterator[None]:
             yield
         finally:
             kubernetes_pods.continue_first_process(config, sandbox_id)
+        return
+    if config.execution_backend == "e2b":
+        with e2b_sandboxes.stopped_runner(config, sandbox_id):
+            yield
         return
     runner = _pid(config, sandbox_id, "init.json")
     os.kill(runner, signal.SIGSTOP)

@@ -29,6 +29,7 @@ from cifixer_exec.wiring import make_journal
 from tests.support.contract_probes import wait_until
 from tests.support.contract_stack import WorkerProcess, workers
 from tests.support.docker_daemon import left_on_daemon
+from tests.support.e2b_service import left_in_service, machines_of
 from tests.support.kubernetes_cluster import left_in_cluster
 
 T = TypeVar("T")
@@ -68,8 +69,10 @@ class Crew:
 
     def sandbox(self, **options: Any) -> SandboxEnvironment:
         """A new one."""
+        size = options.pop("memory_bytes", None) if self.config.execution_backend == "e2b" else None
         made = self.unmade(**options)
-        made.init()
+        with machines_of(size):
+            made.init()
         return made
 
     def name_of(self, worker: WorkerProcess) -> str:
@@ -97,6 +100,8 @@ class Crew:
             assert left_on_daemon(self.config.namespace, self.config.docker_host) == []
         if backend.name == "kubernetes":
             assert left_in_cluster(self.config.namespace) == []
+        if backend.name == "e2b":
+            assert left_in_service(self.config.namespace) == []
 
 
 def kill(worker: WorkerProcess) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+import pytest
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.registry import make_backend
@@ -43,7 +47,23 @@ def service() -> Service:
     except NotHereError as error:
         raise NoServiceError(str(error)) from None
     atexit.register(own.close)
+    started.set(max_timeout_s=86_400)  # as for those who pay
     return started
+
+
+@contextmanager
+def machines_of(memory_bytes: int | None) -> Iterator[None]:
+    """The microVMs that are made in the ``with`` block are of that size, which in the real service only another template has."""
+    if memory_bytes is None:
+        yield
+        return
+    if is_real():
+        pytest.skip("the size of a microVM is its template's")
+    service().set(memory_bytes=memory_bytes)
+    try:
+        yield
+    finally:
+        service().set(memory_bytes=2 << 30)
 
 
 def settings_on(found: Service) -> dict[str, Any]:

@@ -30,6 +30,8 @@ _COMMAND = ("start.before", "start.sent", "output.first", "output.next", "start.
 _DAEMON = ("create_container", "start", "remove_container", "create_volume", "remove_volume")
 #: The same for the Kubernetes backend: what it changes in the cluster, by method and kind; and the upload of the runner.
 _API = {("POST", "jobs"): "post_job", ("PATCH", "jobs"): "patch_job", ("DELETE", "jobs"): "delete_job", ("DELETE", "pods"): "delete_pod"}
+#: The same for the E2B backend, by its own steps: what is asked of the service and of the microVM.
+_SERVICE = {"_create": "create", "_upload": "upload", "_run": "run", "remove": "kill"}
 
 POINTS: tuple[str, ...] = (
     *(f"{verb}.{side}" for verb in (*_JOURNAL, *_BACKEND, "call") for side in ("before", "after")),
@@ -37,13 +39,14 @@ POINTS: tuple[str, ...] = (
 )
 DAEMON_POINTS = tuple(f"daemon.{verb}.{side}" for verb in _DAEMON for side in ("before", "after"))
 API_POINTS = tuple(f"api.{verb}.{side}" for verb in (*_API.values(), "upload") for side in ("before", "after"))
+SERVICE_POINTS = tuple(f"service.{verb}.{side}" for verb in _SERVICE.values() for side in ("before", "after"))
 ACTIONS = ("kill", "freeze", "hold", "note")
 HOLD_S = 2.0
 
 
 def points_of(backend: str) -> tuple[str, ...]:
     """Those that a worker of ``backend`` passes."""
-    return POINTS + {"docker_local": DAEMON_POINTS, "kubernetes": API_POINTS}.get(backend, ())
+    return POINTS + {"docker_local": DAEMON_POINTS, "kubernetes": API_POINTS, "e2b": SERVICE_POINTS}.get(backend, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Arm:
     kind: str = ""
 
     def __post_init__(self) -> None:
-        known = (*POINTS, *DAEMON_POINTS, *API_POINTS)
+        known = (*POINTS, *DAEMON_POINTS, *API_POINTS, *SERVICE_POINTS)
         if self.point not in known:
             raise ValueError(f"failpoint {self.point!r} is not known: take one of {', '.join(known)}")
         if self.action not in ACTIONS:
@@ -123,6 +126,8 @@ def install(arms: Sequence[Arm], report: Path) -> None:
     from docker import APIClient
 
     from cifixer_exec.backends.docker_local import DockerBackend
+    from cifixer_exec.backends.e2b import E2BBackend
+    from cifixer_exec.backends.e2b.machines import Machines
     from cifixer_exec.backends.kubernetes import KubernetesBackend
     from cifixer_exec.backends.local import LocalBackend
     from cifixer_exec.store.journal import Journal
@@ -130,11 +135,13 @@ def install(arms: Sequence[Arm], report: Path) -> None:
     points = Failpoints(arms, report)
     for verb in _JOURNAL:
         setattr(Journal, verb, _around_coroutine(getattr(Journal, verb), verb, points))
-    for backend in (LocalBackend, DockerBackend, KubernetesBackend):
+    for backend in (LocalBackend, DockerBackend, KubernetesBackend, E2BBackend):
         for verb in _BACKEND:
             setattr(backend, verb, _around_function(getattr(backend, verb), verb, points))
     for verb in _DAEMON:
         setattr(APIClient, verb, _around_function(getattr(APIClient, verb), f"daemon.{verb}", points))
+    for step, verb in _SERVICE.items():
+        setattr(Machines, step, _around_function(getattr(Machines, step), f"service.{verb}", points))
     _wrap_cluster(points)
     _wrap_execution(points)
     _wrap_commands(points)
@@ -225,6 +232,22 @@ def _wrap_commands(points: Failpoints) -> None:
     setattr(Channel, "run", running)  # noqa: B010
     for transport in (SocketTransport, ExecTransport, kubernetes_stream.ExecTransport):
         setattr(transport, "send", _sending(transport.send, points))  # noqa: B010
+    _wrap_microvm_input(points)
+
+
+def _wrap_microvm_input(points: Failpoints) -> None:
+    """There a write is a request, which is answered when the bridge has it."""
+    from e2b.sandbox_async.commands.command_handle import AsyncCommandHandle
+
+    send = AsyncCommandHandle.send_stdin
+
+    @functools.wraps(send)
+    async def sent(self: Any, data: bytes, *arguments: Any, **options: Any) -> None:
+        await send(self, data, *arguments, **options)
+        if b'"verb":"start"' in data:
+            points.hit("start.sent")
+
+    setattr(AsyncCommandHandle, "send_stdin", sent)  # noqa: B010
 
 
 def _sending(send: Callable[[Any, bytes], None], points: Failpoints) -> Callable[[Any, bytes], None]:

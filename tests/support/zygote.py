@@ -30,6 +30,7 @@ _NEEDED = (
     "celery.concurrency.thread",
     "kombu.transport.redis",
     "cifixer_exec.backends.docker_local",
+    "cifixer_exec.backends.e2b",
     "cifixer_exec.backends.kubernetes",
     "cifixer_exec.backends.local",
     "cifixer_exec.tasks",

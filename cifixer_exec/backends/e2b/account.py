@@ -7,6 +7,7 @@ Its transport is native code with threads of its own, so a process that was fork
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from urllib.parse import urlsplit
 from e2b import Sandbox, SandboxInfo, SandboxQuery
 
 from cifixer_exec.backends.breaker import Breaker
-from cifixer_exec.backends.e2b.vendor_errors import LOG_IN, VENDOR_ERRORS, translate
+from cifixer_exec.backends.e2b.vendor_errors import LOG_IN, is_vendors, translate
 from cifixer_exec.errors import BackendUnavailableError, ExecutorError
 
 T = TypeVar("T")
+# Else it would tell of each request, on the level that workers log.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 DEFAULT_DOMAIN = "e2b.app"
 #: Of one request; the SDK's own for commands is 60 s, and holds for the whole command.
 REQUEST_TIMEOUT_S = 30.0
@@ -133,12 +136,8 @@ def translated(doing: str, verb: Callable[[], T]) -> T:
     """``verb``'s result; only errors of this package come out."""
     try:
         return verb()
-    except ExecutorError:
-        raise
-    except VENDOR_ERRORS as error:
-        raise translate(error, doing) from None
-    except Exception as error:  # the SDK raises bare ones
-        if type(error) is not Exception:
+    except Exception as error:
+        if not is_vendors(error):
             raise
         raise translate(error, doing) from None
 

@@ -5,7 +5,6 @@ Everything that is known of a sandbox is in its metadata at E2B (names.py), so t
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -14,7 +13,7 @@ from e2b import FileNotFoundException, Sandbox
 from cifixer_exec.backends.base import Backend, Owned
 from cifixer_exec.backends.breaker import BreakerState
 from cifixer_exec.backends.e2b.account import Access, Account, account_with
-from cifixer_exec.backends.e2b.machines import ENDED, INTERNET, NONE, E2BOptions, Machines, lease_s
+from cifixer_exec.backends.e2b.machines import ENDED, INTERNET, NONE, SLACK_S, E2BOptions, Machines, lease_s
 from cifixer_exec.backends.e2b.names import SANDBOX_ID, Names
 from cifixer_exec.backends.e2b.stream import open_bridge
 from cifixer_exec.backends.pace import Pace, ProcessPace
@@ -57,7 +56,7 @@ class E2BBackend(Backend):
     @property
     def capabilities(self) -> Capabilities:
         """Size and disk are the template's."""
-        return Capabilities(images=True, max_processes=True, networks=(INTERNET, NONE))
+        return Capabilities(images=True, max_processes=True, networks=(NONE, INTERNET))
 
     @property
     def breaker_state(self) -> BreakerState:
@@ -167,7 +166,7 @@ class E2BBackend(Backend):
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
         e2b_id = self._found(handle)
-        left_s = max(1.0, math.ceil(expires_at_s - self._clock()))
+        left_s = max(0.0, expires_at_s - self._clock())
         try:
             if e2b_id is None:
                 raise SandboxLostError("there is none")
@@ -185,7 +184,7 @@ class E2BBackend(Backend):
                     yield Owned(
                         handle=self._handle(sandbox_id, info.sandbox_id),
                         created_at_s=info.started_at.timestamp(),
-                        expires_at_s=info.end_at.timestamp(),
+                        expires_at_s=info.end_at.timestamp() - SLACK_S,
                     )
 
     def _handle(self, sandbox_id: str, e2b_id: str) -> SandboxHandle:

@@ -22,18 +22,21 @@ from cifixer_exec.backends.runner import runner_path
 from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxLostError, SandboxStartError
 from cifixer_exec.model import SandboxSpec
 
-#: In the microVM. Root's but for the spool, and below a directory that others can only pass through.
-DIRECTORY = "/var/lib/cifixer-exec"
-RUNNER, SOCKET, SPOOL, ENDED = f"{DIRECTORY}/runner", f"{DIRECTORY}/channel/socket", f"{DIRECTORY}/spool", f"{DIRECTORY}/ended"
+#: In the microVM. Root's, and others can only pass through.
+DIRECTORY = "/run/cifixer"
+RUNNER, SOCKET, ENDED = f"{DIRECTORY}/runner", f"{DIRECTORY}/channel/socket", f"{DIRECTORY}/ended"
+#: On its disk: /run is memory, and small.
+SPOOL = "/var/lib/cifixer/spool"
 WORKSPACE, TMP = "/workspace", "/tmp"  # noqa: S108
-BRIDGE = f"exec {RUNNER} bridge --text --socket {SOCKET}"
+#: Its runner listens already, or has ended.
+BRIDGE = f"exec {RUNNER} bridge --text --wait 0.2 --socket {SOCKET}"
 #: The microVM ends so long behind the runner, so that the reason can still be told; no longer than plans allow
 #: (https://e2b.dev/docs/sandbox: an hour, and a day).
-_SLACK_S, _PLANS_S = 15, (3600, 86_400)
+SLACK_S, _PLANS_S = 15, (3600, 86_400)
 _SCRIPT_TIMEOUT_S = 60.0
 _LOOK_S = 0.2
 _NO_RUNNER, _NO_USER, _CANNOT_RUN = 66, 67, 126
-INTERNET, NONE = "internet", "none"
+NONE, INTERNET = "none", "internet"
 _ALL = "0.0.0.0/0"
 
 
@@ -52,13 +55,13 @@ class E2BOptions:
 
 def lease_s(lifetime_s: float) -> int:
     """E2B's time-out for a sandbox of that lifetime."""
-    wanted = math.ceil(lifetime_s) + _SLACK_S
+    wanted = math.ceil(lifetime_s) + SLACK_S
     return next((plan for plan in _PLANS_S if lifetime_s <= plan < wanted), wanted)
 
 
 def egress(network: str | None, options: E2BOptions) -> dict[str, Any]:
     """Of ``Sandbox.create``. Nobody reaches the ports of a sandbox without its token (https://e2b.dev/docs/sandbox/internet-access)."""
-    if network == NONE:
+    if network != INTERNET:
         return {"allow_internet_access": False, "network": {"allow_public_traffic": False}}
     denied = options.deny_out or ((_ALL,) if options.allow_out else ())  # to allow some means to forbid the rest
     lists = {"allow_out": list(options.allow_out), "deny_out": list(denied)}

@@ -12,11 +12,11 @@ import binascii
 from collections import deque
 from typing import Any
 
-from e2b import AsyncSandbox
+from e2b import AsyncSandbox, CommandExitException
 
 from cifixer_exec.backends.e2b.account import KEEP_S, Account
 from cifixer_exec.backends.e2b.machines import BRIDGE
-from cifixer_exec.backends.e2b.vendor_errors import GONE, NO_ANSWER, VENDOR_ERRORS, translate
+from cifixer_exec.backends.e2b.vendor_errors import GONE, NO_ANSWER, is_vendors, translate
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import MOST_WAITING_BYTES
 from cifixer_exec.errors import BackendUnavailableError
@@ -28,6 +28,10 @@ _MOST_INPUT_BYTES = 1024 * 1024
 _MOST_SAID = 4096
 #: Farewells that nobody waits for.
 _closing: set[asyncio.Task[None]] = set()
+
+
+class BridgeEndedError(ConnectionError):
+    """The bridge ended before it began: the microVM is there, and what has become of the runner is for an inspection to find out."""
 
 
 class BridgeTransport:
@@ -53,12 +57,14 @@ class BridgeTransport:
         self._closed = False
 
     async def begin(self, handle: Any) -> None:
-        """Wait for the bridge's first line. Raises ConnectionError when it ends instead."""
+        """Wait for the bridge's first line. Raises BridgeEndedError when it ends instead, and what the SDK raises."""
         self._handle = handle
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
         while not self._begun:
+            if isinstance(self._over, EOFError | CommandExitException):
+                raise BridgeEndedError(f"the bridge to the runner did not begin: {self._said.strip() or self._over}")
             if self._over is not None:
-                raise ConnectionError(f"the bridge to the runner did not begin: {self._said.strip() or self._over}")
+                raise self._over
             self._changed.clear()
             await self._changed.wait()
 
@@ -207,14 +213,16 @@ async def open_bridge(account: Account, e2b_id: str) -> BridgeTransport:
         # One sandbox that hangs must not open the breaker for all others.
         await asking(account.breaker.look)
         raise BackendUnavailableError(f"E2B has not opened a channel within {DIAL_TIMEOUT_S:g} s") from None
+    except BridgeEndedError:
+        transport.close()
+        raise
     except GONE as error:
         transport.close()
         raise ConnectionError(str(error)) from None
-    except VENDOR_ERRORS as error:
+    except BaseException as error:
         transport.close()
+        if not is_vendors(error):
+            raise
         if isinstance(error, NO_ANSWER):
             account.breaker.heard(translate(error, doing))
         raise BackendUnavailableError(*translate(error, doing).args) from None
-    except BaseException:
-        transport.close()
-        raise

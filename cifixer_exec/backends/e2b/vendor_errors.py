@@ -7,6 +7,8 @@ The SDK's classes have no common base: ``AuthenticationException``, ``ServiceBus
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import httpx
 from connectrpc.errors import ConnectError
 from e2b.exceptions import (
@@ -58,6 +60,11 @@ _TABLE: tuple[tuple[type[Exception], type[ExecutorError], str], ...] = (
 )
 #: Of a refusal that only has its status and words.
 _BY_STATUS: dict[int, type[ExecutorError]] = {400: InvalidRequestError, 403: BackendUnavailableError, 404: SandboxLostError}
+
+
+def is_vendors(error: BaseException) -> TypeGuard[Exception]:
+    """Whether it is one of theirs: they raise bare exceptions too."""
+    return isinstance(error, VENDOR_ERRORS) or type(error) is Exception
 
 
 def translate(error: Exception, doing: str) -> ExecutorError:

@@ -62,7 +62,7 @@ class RpcError(Exception):
 
 def no_such_sandbox(sandbox_id: str) -> HttpError:
     """By the API."""
-    return HttpError(404, f'sandbox "{sandbox_id}" doesn\'t exist or you don\'t have access to it')
+    return HttpError(404, f"sandbox \"{sandbox_id}\" doesn't exist or you don't have access to it")
 
 
 def sandbox_gone(sandbox_id: str) -> HttpError:
