@@ -88,6 +88,8 @@ def test_a_command_that_takes_all_memory_is_told_so(standing: Crew) -> None:
 
 
 def test_a_sandbox_whose_files_take_all_its_memory_tells_so_and_lives_or_is_lost(standing: Crew) -> None:
+    if standing.config.execution_backend == "e2b":
+        pytest.skip("the files of a microVM in memory have a limit below its memory, which those of the stand-in have not")
     sandbox = standing.sandbox(memory_bytes=96 * MIB)
     begun = time.monotonic()
     result = sandbox.run_command("echo begun; exec head -c 300000000 /dev/zero > /dev/shm/fill", timeout_s=60)

@@ -148,6 +148,10 @@ class E2BBackend(Backend):
         except SandboxLostError:
             self._account.forget(e2b_id)
             return Inspection(alive=False, cause=GONE)
+        except BackendUnavailableError:
+            raise
+        except ExecutorError as error:  # an answer, and none to what was asked
+            raise BackendUnavailableError(str(error), error.code) from None
         if how is None:
             return Inspection(alive=True)
         return Inspection(alive=False, cause=_ENDS.get(how, f"its runner has ended: {how}"))
