@@ -5,6 +5,7 @@ what the SDK needs, ``service.order`` orders faults and sets knobs (control.py, 
 
 What it has not: templates other than this machine's own system read-only, PTYs, directory watchers, snapshots, forks, volumes, gzip'd
 downloads, file metadata, ports of programs in a sandbox, rules of a network (recorded, not enforced; no internet is enforced).
-Unlike in a real sandbox every command has a session and a process group of its own, /usr cannot be written, no account can be added,
-and the memory of a sandbox holds its files too. It needs root: a sandbox has several users.
+Unlike in a real sandbox every command has a session and a process group of its own and no parent that it could see, /usr cannot be
+written, envd knows root and user only, and the memory of a sandbox holds its files too. A key of a create is remembered for ever, also
+when its sandbox has ended. It needs root: a sandbox has several users.
 """

@@ -57,7 +57,9 @@ class Api:
         team = self._team(request)
         team.take(self._knobs)
         body = await _body(request)
-        self._recorder.creates.append({"body": body, "headers": dict(request.headers), "team": team.name})
+        self._recorder.creates.append(
+            {"body": body, "headers": {name.lower(): value for name, value in request.headers.items()}, "team": team.name}
+        )
         if not isinstance(body.get("templateID"), str):
             raise HttpError(400, "Error when parsing request: templateID is required")
         sandbox = await self._sandboxes.create(team, body, request.headers.get("Idempotency-Key", ""))

@@ -49,6 +49,10 @@ class Control:
         """Knobs, by name."""
         self._machine.knobs.set(**knobs)
 
+    def reset(self) -> None:
+        """The knobs, as in the beginning."""
+        self._machine.knobs.reset()
+
     def add_key(self, team: str) -> str:
         """A further API key, of a team by its name."""
         return self._machine.teams.add(team)
@@ -109,7 +113,7 @@ class Control:
         self._machine.frozen(sandbox).thaw()
 
     async def stop(self, port: str = "api") -> None:
-        """``api`` or ``envd``: nobody listens, all its connections are reset."""
+        """``api`` or ``sandbox``: nobody listens, all its connections are reset."""
         await self._machine.listeners[port].close()
 
     async def start(self, port: str = "api") -> None:

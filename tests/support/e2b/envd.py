@@ -15,7 +15,8 @@ from tests.support.e2b.command import Command
 from tests.support.e2b.connect import STREAMED, UNARY, Stream, check, end_frame, frame, frames, only_frame, timeout_of
 from tests.support.e2b.faults import after_done
 from tests.support.e2b.files import Files
-from tests.support.e2b.place import USERS, User
+from tests.support.e2b.knobs import streams_input
+from tests.support.e2b.place import User
 from tests.support.e2b.problems import HttpError, RpcError, port_not_open, sandbox_gone
 from tests.support.e2b.sandbox import Sandbox
 from tests.support.e2b.sandboxes import Sandboxes
@@ -83,19 +84,19 @@ class Envd:
     async def read(self, request: web.Request) -> web.StreamResponse:
         """200 and the content."""
         async with self._sandbox(request) as sandbox:
-            return await self._files.read(sandbox, request, _file_user(request))
+            return await self._files.read(sandbox, request, _file_user(sandbox, request))
 
     async def write(self, request: web.Request) -> web.StreamResponse:
         """200 and what has been written."""
         async with self._sandbox(request) as sandbox:
-            return await self._files.write(sandbox, request, _file_user(request))
+            return await self._files.write(sandbox, request, _file_user(sandbox, request))
 
     def _unary(self, call: _Unary) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             check(request, UNARY)
             async with self._sandbox(request) as sandbox:
                 try:
-                    answer = await call(sandbox, json.loads(await request.read() or b"{}"), _user(request))
+                    answer = await call(sandbox, json.loads(await request.read() or b"{}"), _user(sandbox, request))
                 except RpcError as error:
                     return error.response()
                 after_done(request)
@@ -111,12 +112,10 @@ class Envd:
                 asked = await only_frame(request)
                 if "pty" in asked:
                     raise RpcError("unimplemented", "no PTYs here")
-                command, pipes = await sandbox.execute(asked, _user(request), timeout_of(request))
+                command, subscriber = await sandbox.execute(asked, _user(sandbox, request), timeout_of(request))
             except RpcError as error:
                 return await _refused(request, error)
-            stream = EventStream(request, command, command.subscribe(), sandbox.gate)
-            sandbox.watch(command, pipes)
-            return await _run(sandbox, request, stream)
+            return await _run(sandbox, request, EventStream(request, command, subscriber, sandbox.gate))
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
         """The events of a process from now on."""
@@ -132,7 +131,7 @@ class Envd:
         """All of a client's stream to the input of a process."""
         check(request, STREAMED)
         async with self._sandbox(request) as sandbox:
-            if not sandbox.knobs.streams_input:
+            if not streams_input(sandbox.envd_version):
                 return await _unimplemented(request)
             command: Command | None = None
             try:
@@ -159,12 +158,13 @@ def _ended_or_running(sandbox: Sandbox, selector: Json) -> Command:
 
 
 async def _run(sandbox: Sandbox, request: web.Request, stream: EventStream) -> web.StreamResponse:
-    after_done(request)
     sandbox.streams.add(stream)
     try:
+        after_done(request)
         return await stream.run()
     finally:
         sandbox.streams.discard(stream)
+        stream.close()
 
 
 async def _refused(request: web.Request, error: RpcError) -> web.StreamResponse:
@@ -195,7 +195,7 @@ async def _send_input(sandbox: Sandbox, body: Json, user: User) -> Json:
 
 
 async def _close_stdin(sandbox: Sandbox, body: Json, user: User) -> Json:
-    if not sandbox.knobs.streams_input:
+    if not streams_input(sandbox.envd_version):
         raise RpcError("unimplemented", "unimplemented")
     sandbox.find(body.get("process", {})).close_stdin()
     return {}
@@ -226,20 +226,20 @@ def _stdin(given: Json) -> bytes:
         raise RpcError("invalid_argument", str(error)) from None
 
 
-def _user(request: web.Request) -> User:
+def _user(sandbox: Sandbox, request: web.Request) -> User:
     """Raises RpcError."""
     header = request.headers.get("Authorization", "")
     name = "user"
     if header.startswith("Basic "):
         name = base64.b64decode(header.removeprefix("Basic ")).decode().partition(":")[0]
-    if name not in USERS:
+    if name not in sandbox.users:
         raise RpcError("unauthenticated", f"invalid username: '{name}'")
-    return USERS[name]
+    return sandbox.users[name]
 
 
-def _file_user(request: web.Request) -> User:
+def _file_user(sandbox: Sandbox, request: web.Request) -> User:
     """Raises HttpError."""
     name = request.query.get("username") or "user"
-    if name not in USERS:
+    if name not in sandbox.users:
         raise HttpError(401, f"error looking up user '{name}': user: unknown user {name}")
-    return USERS[name]
+    return sandbox.users[name]

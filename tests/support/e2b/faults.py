@@ -19,8 +19,8 @@ _MESSAGES = {401: "Invalid API key", 403: "Forbidden", 404: "Not found", 429: "R
 class Fault:
     """For the next ``times`` requests with that method ("" for any) whose path matches, after the first ``skip`` of them.
 
-    ``status`` is answered, or ``drop`` resets the connection; both before what is asked, or ``after`` it has been done. ``delay_s`` comes
-    first. ``headers`` may have Retry-After and Should-Retry.
+    Only those about ``sandbox``, if one is named. ``status`` is answered, or ``drop`` resets the connection; both before what is asked,
+    or ``after`` it has been done. ``delay_s`` comes first. ``headers`` may have Retry-After and Should-Retry.
     """
 
     method: str = ""
@@ -32,18 +32,23 @@ class Fault:
     after: bool = False
     delay_s: float = 0.0
     message: str = ""
+    #: Instead of JSON, as from a proxy of somebody else's.
+    html: str = ""
+    sandbox: str = ""
     headers: dict[str, str] = field(default_factory=dict)
 
     def matches(self, request: web.Request) -> bool:
         """Whether it is for that request, if it still has times."""
-        return self.times > 0 and self.method in ("", request.method) and re.search(self.path, request.path) is not None
+        if self.times <= 0 or self.method not in ("", request.method) or re.search(self.path, request.path) is None:
+            return False
+        return self.sandbox in ("", request.headers.get("E2b-Sandbox-Id"), request.match_info.get("id"))
 
     def strike(self, request: web.Request) -> None:
         """Instead of an answer; nothing for a mere delay. Raises HttpError or ConnectionResetError."""
         if self.drop:
             cut(request)
         if self.status:
-            raise HttpError(self.status, self.message or _MESSAGES.get(self.status, "Error"), headers=self.headers)
+            raise HttpError(self.status, self.message or _MESSAGES.get(self.status, "Error"), headers=self.headers, html=self.html)
 
 
 class Faults:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import BodyPartReader, web
 
@@ -17,6 +18,7 @@ from tests.support.e2b.sandbox import Sandbox
 from tests.support.kubernetes.runtime import LaunchError
 
 Json = dict[str, Any]
+_FILENAME = re.compile(r'filename="([^"]*)"')
 _Call = Callable[[Sandbox, Json, User], Awaitable[Json]]
 
 
@@ -32,7 +34,7 @@ class Operation:
         self._transport: asyncio.ReadTransport | None = None
         self.input: asyncio.StreamWriter | None = None
 
-    async def __aenter__(self) -> Operation:
+    async def __aenter__(self) -> Self:
         try:
             await self._sandbox.operate(self._request, self._user, self._pipes)
         except LaunchError as error:
@@ -50,11 +52,9 @@ class Operation:
     async def answer(self) -> Json:
         """Its line."""
         assert self._output is not None
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            line += await self._output.read(1) if self._request["verb"] == "read" else await self._output.read(CHUNK_BYTES)
-            if self._output.at_eof() and not line.endswith(b"\n"):
-                raise RpcError("unavailable", "the file operation has died")
+        line = await (self._output.readline() if self._request["verb"] == "read" else self._output.read())
+        if not line.endswith(b"\n"):
+            raise RpcError("unavailable", "the file operation has died")
         answer: Json = json.loads(line)
         if "error" in answer:
             raise RpcError(answer["error"], answer["message"])
@@ -100,7 +100,7 @@ class Files:
             else:
                 async for part in await request.multipart():
                     if isinstance(part, BodyPartReader) and part.name == "file":
-                        path = _path(request.query.get("path") or part.filename)
+                        path = _path(request.query.get("path") or _filename(part))
                         written.append(await _write(sandbox, path, _chunks(part), user))
         except RpcError as error:
             raise _http(error) from None
@@ -122,6 +122,12 @@ async def _write(sandbox: Sandbox, path: str, content: AsyncIterator[bytes], use
             alive = alive and await feed(operation.input, data)
         finish(operation.input)
         return await operation.answer()
+
+
+def _filename(part: BodyPartReader) -> str:
+    """As it was sent: aiohttp takes a leading slash away."""
+    found = _FILENAME.search(part.headers.get("Content-Disposition", ""))
+    return found[1].replace("%22", '"') if found else ""
 
 
 def _path(path: str | None) -> str:

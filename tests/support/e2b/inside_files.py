@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 Json = dict[str, Any]
 _CHUNK_BYTES = 1 << 16
 _TYPES = {stat.S_IFREG: "FILE_TYPE_FILE", stat.S_IFDIR: "FILE_TYPE_DIRECTORY", stat.S_IFLNK: "FILE_TYPE_SYMLINK"}
-_NAMES = {0: "root", 1000: "user"}
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """``code`` as Connect has it, or ``no_space``."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -37,7 +36,7 @@ def serve(request: Json, descriptors: list[int]) -> NoReturn:
     try:
         os.chdir(request["home"])
         _VERBS[request["verb"]](request)
-    except Refusal as refusal:
+    except RefusalError as refusal:
         _answer({"error": refusal.code, "message": str(refusal)})
     except BrokenPipeError:
         pass
@@ -75,10 +74,10 @@ def _read(request: Json) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise Refusal("not_found", f"path '{path}' does not exist") from None
+        raise RefusalError("not_found", f"path '{path}' does not exist") from None
     status = os.fstat(descriptor)
     if stat.S_ISDIR(status.st_mode):
-        raise Refusal("invalid_argument", f"path '{path}' is a directory")
+        raise RefusalError("invalid_argument", f"path '{path}' is a directory")
     os.set_blocking(descriptor, True)
     regular = stat.S_ISREG(status.st_mode) and status.st_size > 0
     _answer({"size": status.st_size if regular else None})
@@ -89,7 +88,7 @@ def _read(request: Json) -> None:
 def _write(request: Json) -> None:
     path = _absolute(request)
     if os.path.isdir(path):
-        raise Refusal("invalid_argument", f"path '{path}' is a directory")
+        raise RefusalError("invalid_argument", f"path '{path}' is a directory")
     _make_directories(os.path.dirname(path), request["owner"])
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.fchown(descriptor, request["owner"], request["owner"])
@@ -115,7 +114,7 @@ def _stat(request: Json) -> None:
 def _existing(request: Json, key: str = "path") -> str:
     path = _absolute(request, key)
     if not os.path.lexists(path):
-        raise Refusal("not_found", f"file not found: {path}")
+        raise RefusalError("not_found", f"file not found: {path}")
     return path
 
 
@@ -136,13 +135,18 @@ def _entry(path: str) -> Json:
 
 
 def _name(number: int) -> str:
-    return _NAMES.get(number, str(number))
+    """As the sandbox's own list of accounts has it; groups are called as their users."""
+    with suppress(OSError), open("/etc/passwd", encoding="ascii") as accounts:
+        for name, _, found, *_ in (line.split(":") for line in accounts):
+            if found == str(number):
+                return name
+    return str(number)
 
 
 def _list(request: Json) -> None:
     path = _existing(request)
     if not os.path.isdir(path):
-        raise Refusal("invalid_argument", f"path is not a directory: {path}")
+        raise RefusalError("invalid_argument", f"path is not a directory: {path}")
     _answer({"entries": [_entry(found) for found in _below(path, request.get("depth") or 1)]})
 
 
@@ -159,9 +163,9 @@ def _below(path: str, depth: int) -> list[str]:
 def _make(request: Json) -> None:
     path = _absolute(request)
     if os.path.isdir(path):
-        raise Refusal("already_exists", f"directory already exists: {path}")
+        raise RefusalError("already_exists", f"directory already exists: {path}")
     if os.path.lexists(path):
-        raise Refusal("invalid_argument", f"path already exists but it is not a directory: {path}")
+        raise RefusalError("invalid_argument", f"path already exists but it is not a directory: {path}")
     _make_directories(path, request["owner"])
     _answer({"entry": _entry(path)})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -14,7 +14,13 @@ class Knobs:
     #: The SDK asks for features by it, and before 0.5.2 there is no CloseStdin, no StreamInput.
     envd_version: str = "0.6.7"
     memory_bytes: int = 2 << 30
+    #: Who is allowed the internet has this machine's network; without, nobody has.
+    host_network: bool = True
+    #: How long a create takes besides.
+    create_s: float = 0.0
     max_processes: int = 2048
+    #: Files beyond it have no space left. They are in the memory too, so it is the smaller one.
+    disk_bytes: int = 1 << 30
     max_timeout_s: int = 3600
     #: Sandboxes that a team may have at once; 0: as many as it likes.
     concurrent: int = 0
@@ -35,7 +41,11 @@ class Knobs:
                 raise AttributeError(name)
             setattr(self, name, tuple(value) if name == "templates" else value)
 
-    @property
-    def streams_input(self) -> bool:
-        """Whether this envd has StreamInput and CloseStdin."""
-        return tuple(int(part) for part in self.envd_version.split(".")) >= (0, 5, 2)
+    def reset(self) -> None:
+        """As in the beginning."""
+        self.set(**asdict(Knobs()))
+
+
+def streams_input(envd_version: str) -> bool:
+    """Whether that envd has StreamInput and CloseStdin."""
+    return tuple(int(part) for part in envd_version.split(".")) >= (0, 5, 2)

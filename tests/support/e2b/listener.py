@@ -66,5 +66,7 @@ class Listener:
             return error.response()
         except RpcError as error:
             return error.response()
+        except ConnectionResetError:
+            return web.Response()  # to nobody
         finally:
             self._requests.pop(id(request), None)

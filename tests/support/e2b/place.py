@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ from tests.support.kubernetes.knobs import Knobs as Images
 Json = dict[str, Any]
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DIRECTORIES = ("etc", "var", "var/tmp", "var/log", "home", "home/user", "media", "mnt", "root", "run", "srv", "tmp", "workspace")
-#: It reaps what the others leave behind, as a system's own first process does: the kernel does that for who ignores SIGCHLD.
-INIT = ["/bin/sh", "-c", "trap '' CHLD; exec sleep infinity"]
+INIT = ["/bin/sleep", "infinity"]
 #: Those of this machine that a name needs to become an address.
 _NETWORK_FILES = ("etc/hosts", "etc/resolv.conf")
 
@@ -39,8 +39,14 @@ class User:
 
 
 ROOT = User("root", 0, "/root")
-USER = User("user", 1000, "/home/user")
-USERS = {user.name: user for user in (ROOT, USER)}
+#: The kernel counts a user's processes over this whole machine, so each sandbox has one of its own; a microVM's is 1000.
+_FIRST_USER, _MOST_USERS = 0x6000_0000, 0x0F00_0000
+
+
+def users(sandbox_id: str) -> dict[str, User]:
+    """The accounts in a sandbox, by name."""
+    number = _FIRST_USER + int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:8], "big") % _MOST_USERS
+    return {user.name: user for user in (ROOT, User("user", number, "/home/user"))}
 
 
 def request_for(sandbox_id: str, template: str, mount_point: str, *, internet: bool, disk_bytes: int) -> Json:
@@ -57,18 +63,18 @@ def request_for(sandbox_id: str, template: str, mount_point: str, *, internet: b
         "root_size": str(disk_bytes),
         "hostname": "e2b.local",
         "host_network": internet,
-        "image": _system(internet=internet),
+        "image": _system(users(sandbox_id), internet=internet),
         "mounts": [],
         "shm": "",
         "mount_point": mount_point,
     }
 
 
-def _system(*, internet: bool) -> Json:
+def _system(accounts: dict[str, User], *, internet: bool) -> Json:
     system = image("debian", Images())
     files = {
-        "etc/passwd": "".join(f"{u.name}:x:{u.number}:{u.number}::{u.home}:/bin/bash\n" for u in USERS.values()),
-        "etc/group": "".join(f"{u.name}:x:{u.number}:\n" for u in USERS.values()),
+        "etc/passwd": "".join(f"{u.name}:x:{u.number}:{u.number}::{u.home}:/bin/bash\n" for u in accounts.values()),
+        "etc/group": "".join(f"{u.name}:x:{u.number}:\n" for u in accounts.values()),
         "etc/hostname": "e2b.local\n",
         "etc/hosts": "127.0.0.1 localhost e2b.local\n",
     }
@@ -76,7 +82,7 @@ def _system(*, internet: bool) -> Json:
         for name in _NETWORK_FILES:
             with suppress(OSError), open(f"/{name}", encoding="utf-8") as file:
                 files[name] = file.read() + files.get(name, "")
-    owners = {"home/user": USER.number, "workspace": USER.number}
+    owners = dict.fromkeys(("home/user", "workspace"), accounts["user"].number)
     return {"binds": system["binds"], "directories": list(_DIRECTORIES), "files": files, "owners": owners}
 
 

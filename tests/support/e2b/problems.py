@@ -29,15 +29,20 @@ STATUS_OF_CODE = {
 class HttpError(Exception):
     """``{"code", "message"}`` with its status, as the API, the proxy and envd's /files answer."""
 
-    def __init__(self, status: int, message: str, *, headers: dict[str, str] | None = None, more: Json | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, headers: dict[str, str] | None = None, more: Json | None = None, html: str = ""
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = headers or {}
         self.more = more or {}
+        self.html = html
 
     def response(self) -> web.Response:
         """The answer."""
+        if self.html:
+            return web.Response(status=self.status, text=self.html, content_type="text/html", headers=self.headers)
         body = {**self.more, "code": self.status, "message": self.message}
         return web.json_response(body, status=self.status, headers=self.headers)
 

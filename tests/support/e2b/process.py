@@ -46,7 +46,7 @@ class Machine:
         api = Api(self.sandboxes, self.teams, self.knobs, self.recorder)
         self.listeners = {
             "api": Listener(api.routes(), self.faults, self.recorder),
-            "envd": Listener(Envd(self.sandboxes).routes(), self.faults, self.recorder),
+            "sandbox": Listener(Envd(self.sandboxes).routes(), self.faults, self.recorder),
         }
 
     def frozen(self, sandbox: str) -> Sandbox | Listener:

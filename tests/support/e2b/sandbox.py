@@ -10,16 +10,17 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from aiohttp import web
 
 from cifixer_exec.backends.local.cgroups import Limits
-from tests.support.e2b.command import Command
+from tests.support.e2b.command import Command, Subscriber
 from tests.support.e2b.knobs import Knobs
 from tests.support.e2b.pipes import Pipes
-from tests.support.e2b.place import USERS, User, members, request_for
-from tests.support.e2b.problems import RpcError
+from tests.support.e2b.place import ROOT, User, members, request_for, users
+from tests.support.e2b.problems import HttpError, RpcError, sandbox_gone
 from tests.support.e2b.stream import EventStream
 from tests.support.e2b.teams import Team
 from tests.support.kubernetes.faults import reset
@@ -27,7 +28,6 @@ from tests.support.kubernetes.runtime import LaunchError, Process, Runtime
 
 Json = dict[str, Any]
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-_SPARE_FILES_BYTES = 64 << 20
 
 
 @dataclass
@@ -61,13 +61,19 @@ class Sandbox:
     async def start(self, mount_point: str) -> None:
         """Its PID 1 runs when this returns. Raises LaunchError."""
         limits = Limits(memory_bytes=self.memory_bytes, max_processes=self.knobs.max_processes)
-        disk = self.memory_bytes + _SPARE_FILES_BYTES
-        request = request_for(self.id, self.template, mount_point, internet=self.internet, disk_bytes=disk)
+        request = request_for(
+            self.id, self.template, mount_point, internet=self.internet and self.knobs.host_network, disk_bytes=self.knobs.disk_bytes
+        )
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._init = await self.runtime.run(request, [nothing] * 3, limits)
         finally:
             os.close(nothing)
+
+    @cached_property
+    def users(self) -> dict[str, User]:
+        """The accounts in it, by name."""
+        return users(self.id)
 
     @property
     def template(self) -> str:
@@ -102,7 +108,7 @@ class Sandbox:
 
     def listed(self) -> Json:
         """Among others."""
-        about = {"sandboxID": self.id, "templateID": self.template, "clientID": "standin0", "envdVersion": self.envd_version}
+        about: Json = {"sandboxID": self.id, "templateID": self.template, "clientID": "standin0", "envdVersion": self.envd_version}
         about |= {"alias": self.template, "state": self.state, "metadata": self.metadata}
         about |= {"startedAt": _stamp(self.started_at), "endAt": _stamp(self.end_at)}
         return {**about, "cpuCount": 2, "memoryMB": self.memory_bytes >> 20, "diskSizeMB": 10240}
@@ -165,8 +171,19 @@ class Sandbox:
             raise RpcError("not_found", f"process with {what} not found")
         return found
 
-    async def execute(self, asked: Json, user: User, timeout_s: float | None) -> tuple[Command, Pipes]:
-        """It has been started; who listens subscribes, and then it is :meth:`watch`-ed. Raises RpcError."""
+    async def execute(self, asked: Json, user: User, timeout_s: float | None) -> tuple[Command, Subscriber]:
+        """It has been started, and all that it writes goes to the subscriber. Raises HttpError or RpcError.
+
+        Who is cancelled meanwhile leaves it running, without a subscriber.
+        """
+        task = asyncio.create_task(self._execute(asked, user, timeout_s))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_leave)
+            raise
+
+    async def _execute(self, asked: Json, user: User, timeout_s: float | None) -> tuple[Command, Subscriber]:
         config = asked.get("process") or {}
         if not config.get("cmd"):
             raise RpcError("invalid_argument", "no command")
@@ -175,8 +192,10 @@ class Sandbox:
         try:
             process = await self._launch([config["cmd"], *config.get("args", [])], [*pipes.theirs, teller], self._other(config, user))
             pid = int(os.read(told, 32))
-        except LaunchError as error:
+        except (HttpError, LaunchError) as error:
             pipes.close()
+            if isinstance(error, HttpError):
+                raise
             raise RpcError("invalid_argument", f"error starting process: {error}") from None
         finally:
             pipes.close_theirs()
@@ -185,7 +204,9 @@ class Sandbox:
         command = self.commands[pid] = Command(self.runtime, process, pid, asked)
         if timeout_s is not None:
             command.kill_after(timeout_s)
-        return command, pipes
+        subscriber = command.subscribe()
+        self._watch(command, pipes)
+        return command, subscriber
 
     def _other(self, config: Json, user: User) -> Json:
         inherited = {} if self._init is None else self._init.request["environment"]
@@ -194,18 +215,22 @@ class Sandbox:
 
     async def _launch(self, command: list[str], descriptors: list[int], other: Json) -> Process:
         assert self._init is not None
-        return await self.runtime.execute(self._init, command, descriptors, **other)
+        try:
+            return await self.runtime.execute(self._init, command, descriptors, **other)
+        except LaunchError as error:
+            if error.reason == "stopped":
+                raise sandbox_gone(self.id) from None
+            raise
 
     async def operate(self, operation: Json, user: User, pipes: Pipes) -> Process:
-        """A file operation has begun within it. Raises LaunchError."""
+        """A file operation has begun within it. Raises HttpError or LaunchError."""
         operation = {**operation, "home": user.home, "owner": user.number}
         try:
-            return await self._launch([], pipes.theirs, {**USERS["root"].identity, "file_operation": operation})
+            return await self._launch([], pipes.theirs, {**ROOT.identity, "file_operation": operation})
         finally:
             pipes.close_theirs()
 
-    def watch(self, command: Command, pipes: Pipes) -> None:
-        """From now on its output is read."""
+    def _watch(self, command: Command, pipes: Pipes) -> None:
         task = asyncio.create_task(self._run(command, pipes))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -246,6 +271,12 @@ class Sandbox:
             await self.runtime.clear(self._init)
         for task in self._tasks:
             task.cancel()
+
+
+def _leave(task: asyncio.Task[tuple[Command, Subscriber]]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        command, subscriber = task.result()
+        command.leave(subscriber)
 
 
 def _stamp(at: float) -> str:

@@ -78,6 +78,7 @@ class Sandboxes:
         sandbox = Sandbox(team, body, self._knobs, self._runtime)
         self._starting[team.name] = self._starting.get(team.name, 0) + 1
         try:
+            await asyncio.sleep(self._knobs.create_s)
             await sandbox.start(self._mount_point)
         except LaunchError as error:
             raise HttpError(500, f"Failed to create sandbox: {error}") from None

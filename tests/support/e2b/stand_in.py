@@ -61,7 +61,7 @@ class Service:
         return str(self.order("add_key", team=team))
 
     def asked(self) -> Json:
-        """``requests`` by kind, ``faults`` that were met, ``creates`` (``body``, ``headers``, ``team``) and ``networks``."""
+        """``requests`` by kind, ``faults`` that were met, ``creates`` (``body``, ``headers`` in lower case, ``team``) and ``networks``."""
         found: Json = self.order("asked")
         return found
 
@@ -99,12 +99,12 @@ class StandIn:
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        told = json.loads(line) if line else {"error": self.log[-2000:]}
+        told: Json = json.loads(line) if line else {"error": self.log[-2000:]}
         if "error" in told:
             self.close()
             raise NotHereError(told["error"])
-        urls = {f"{name}_url": f"http://127.0.0.1:{told['ports'][port]}" for name, port in (("api", "api"), ("sandbox", "envd"))}
-        (self._directory / "about.json").write_text(json.dumps({**urls, "api_key": told["key"], "limited": told["limited"]}))
+        about = {f"{name}_url": f"http://127.0.0.1:{port}" for name, port in told["ports"].items()}
+        (self._directory / "about.json").write_text(json.dumps({**about, "api_key": told["key"], "limited": told["limited"]}))
         return Service.at(self._directory)
 
     @property

@@ -43,15 +43,18 @@ class EventStream:
         await self._response.prepare(self._request)
         pump = asyncio.create_task(self._pump())
         try:
-            await asyncio.wait({pump, self._verdict}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((pump, self._verdict), return_when=asyncio.FIRST_COMPLETED)
             if not pump.done():
                 await self._end(*self._verdict.result())
             elif (error := pump.exception()) is not None:
                 raise error
         finally:
             pump.cancel()
-            self._command.leave(self._subscriber)
         return self._response
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        self._command.leave(self._subscriber)
 
     async def _pump(self) -> None:
         await self._response.write(frame({"event": {"start": {"pid": self._command.pid}}}))

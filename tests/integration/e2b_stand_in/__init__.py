@@ -1,0 +1,1 @@
+"""Tests of the stand-in for E2B, by the unmodified SDK."""
