@@ -11,11 +11,56 @@ import atexit
 import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 _END = object()
+
+
+class _Work(Generic[T]):
+    """A coroutine on a loop in another thread, for one who waits and may be interrupted at any instruction.
+
+    A concurrent.futures.Future is none for that: an interrupt between the taking of its lock and the block that gives it back leaves
+    it taken, and then the loop waits for it. Here locks are taken within one C call only
+    (https://docs.python.org/3/library/queue.html, SimpleQueue).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._coroutine = coroutine
+        self._task: asyncio.Task[None] | None = None
+        self._ends: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+        loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            self._ends.put((await self._coroutine, None))
+        except BaseException as error:  # noqa: BLE001  # it is raised by who waits
+            self._ends.put((None, error))
+
+    def result(self) -> T:
+        """Wait for the end; what the coroutine raised is raised. Raises concurrent.futures.CancelledError when it was cancelled."""
+        value, error = self._ends.get()
+        if isinstance(error, asyncio.CancelledError):
+            raise CancelledError from error
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+    def cancel(self) -> None:
+        """Behind :meth:`_begin`, which the loop does first."""
+        with suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
 
 class Portal:
@@ -55,11 +100,11 @@ class Portal:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("this call blocks, and was made on the event loop it would wait for: use the async API there")
-        future = self.submit(coroutine)
+        work = _Work(self.loop, coroutine)
         try:
-            return future.result()
+            return work.result()
         except BaseException:
-            future.cancel()
+            work.cancel()
             raise
 
     def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:

@@ -54,7 +54,7 @@ class TestFaults:
 
     def test_a_cut_exec_has_no_status(self, cluster: StandIn, token: str, pod: str, run: Exec) -> None:
         async def cut() -> Done:
-            async with exec_socket(cluster, token, (NS, pod), ["sh", "-c", "cat > /workspace/got; sleep 5"]) as socket:
+            async with exec_socket(cluster, token, (NS, pod), ["sh", "-c", "cat > /workspace/other; sleep 5"]) as socket:
                 await socket.receive()
                 assert await asyncio.to_thread(cluster.order, "cut_execs", pod=pod) >= 1
                 return await drained(socket)

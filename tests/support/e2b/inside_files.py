@@ -136,10 +136,10 @@ def _entry(path: str) -> Json:
 
 def _name(number: int) -> str:
     """As the sandbox's own list of accounts has it; groups are called as their users."""
-    with suppress(OSError), open("/etc/passwd", encoding="ascii") as accounts:
-        for name, _, found, *_ in (line.split(":") for line in accounts):
-            if found == str(number):
-                return name
+    with suppress(OSError), open("/etc/passwd", "rb") as accounts:  # no codec can be loaded in here
+        for name, _, found, *_ in (line.split(b":") for line in accounts):
+            if int(found) == number:
+                return name.decode()
     return str(number)
 
 
