@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"time"
 )
 
 // Textual is the channel over an exec whose output is text: each piece becomes a line of base64. What a login shell may have said before
@@ -13,12 +14,33 @@ const textualBegin = "cifixer-exec:1\n"
 
 const textualPiece = 48 * 1024 // of bytes, a multiple of 3: no padding but at the end of what there is
 
+// textualSilence is much longer than the owner's between two pings: nobody is there any more. E2B's envd does not tell, and each bridge
+// that is left over holds one of the runner's connections.
+const textualSilence = time.Minute
+
+// listener is input that says when there has been none for long.
+type listener struct {
+	in    io.Reader
+	alarm *time.Timer
+}
+
+func (l *listener) Read(p []byte) (int, error) {
+	n, err := l.in.Read(p)
+	if err != nil {
+		l.alarm.Stop() // told that there is no more; what comes out is still wanted
+	} else {
+		l.alarm.Reset(textualSilence)
+	}
+	return n, err
+}
+
 func copyTextual(conn *net.UnixConn, in io.Reader, out io.Writer) error {
 	if _, err := io.WriteString(out, textualBegin); err != nil {
 		return err
 	}
+	heard := &listener{in, time.AfterFunc(textualSilence, func() { conn.Close() })}
 	go func() {
-		_, _ = io.Copy(conn, in)
+		_, _ = io.Copy(conn, heard)
 		_ = conn.CloseWrite()
 	}()
 	piece := make([]byte, textualPiece)

@@ -77,6 +77,8 @@ class Account:
         """Of the SDK's verbs. Raises BackendUnavailableError where there is no key, or this process cannot use the SDK."""
         if not self.access.api_key:
             raise BackendUnavailableError(f"there is no key for E2B: {LOG_IN}", LOG_IN)
+        if not self.access.api_key.isascii() or not self.access.api_key.isprintable():  # errors about headers would show it
+            raise BackendUnavailableError(f"the key for E2B has a character, such as a line break, that no key has: {LOG_IN}", LOG_IN)
         _check_process()
         named = {"domain": self.access.domain, "api_url": self.access.api_url, "sandbox_url": self.access.sandbox_url}
         given = {name: value for name, value in named.items() if value}
@@ -96,6 +98,15 @@ class Account:
         """
         with self.breaker.guarded():
             return translated(doing, verb)
+
+    def ask_inside(self, doing: str, verb: Callable[[], T]) -> T:
+        """The same around one that a sandbox answers: a sandbox that hangs must not open the breaker for all others."""
+        self.breaker.check()
+        try:
+            return translated(doing, verb)
+        except BackendUnavailableError:
+            self.breaker.look()
+            raise
 
     def ping(self) -> None:
         """Raises BackendUnavailableError when it does not answer soon, or not to us."""

@@ -16,6 +16,7 @@ from cifixer_exec.backends.e2b.account import Access, Account, account_with
 from cifixer_exec.backends.e2b.machines import ENDED, INTERNET, NONE, SLACK_S, E2BOptions, Machines, lease_s
 from cifixer_exec.backends.e2b.names import SANDBOX_ID, Names
 from cifixer_exec.backends.e2b.stream import open_bridge
+from cifixer_exec.backends.e2b.vendor_errors import LOG_IN
 from cifixer_exec.backends.pace import Pace, ProcessPace
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import Dial, Transport
@@ -158,6 +159,15 @@ class E2BBackend(Backend):
 
     def _how_ended(self, e2b_id: str) -> str | None:
         """What the runner's keeper wrote down; None while it runs."""
+        try:
+            return self._read_end(e2b_id)
+        except (SandboxLostError, BackendUnavailableError) as error:
+            if not isinstance(error, SandboxLostError) and error.code != LOG_IN:
+                raise
+        self._account.forget(e2b_id)  # what we know is old if it has been paused, or given another token; connecting tells
+        return self._read_end(e2b_id)
+
+    def _read_end(self, e2b_id: str) -> str | None:
         sandbox = self._account.sandbox(e2b_id)
 
         def read() -> str | None:
@@ -166,7 +176,7 @@ class E2BBackend(Backend):
             except FileNotFoundException:
                 return None
 
-        return self._account.ask("asking for its runner's end", read)
+        return self._account.ask_inside("asking for its runner's end", read)
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
         e2b_id = self._found(handle)

@@ -16,10 +16,11 @@ from e2b import CommandExitException, Sandbox, SandboxInfo
 
 from cifixer_exec.backends.e2b.account import Account
 from cifixer_exec.backends.e2b.names import Names
+from cifixer_exec.backends.e2b.vendor_errors import LOG_IN
 from cifixer_exec.backends.limits import limit_arguments, root_arguments
 from cifixer_exec.backends.pace import Pace
 from cifixer_exec.backends.runner import runner_path
-from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError, SandboxLostError, SandboxStartError
+from cifixer_exec.errors import BackendUnavailableError, CapacityError, CircuitOpenError, ExecutorError, SandboxLostError, SandboxStartError
 from cifixer_exec.model import SandboxSpec
 
 #: In the microVM. Root's, and others can only pass through.
@@ -27,6 +28,11 @@ DIRECTORY = "/run/cifixer"
 RUNNER, SOCKET, ENDED = f"{DIRECTORY}/runner", f"{DIRECTORY}/channel/socket", f"{DIRECTORY}/ended"
 #: On its disk: /run is memory, and small.
 SPOOL = "/var/lib/cifixer/spool"
+#: Of what runs as root: the SDK always starts a login shell, and bash in POSIX mode reads no profile. A profile calls programs by name, and
+#: in E2B's templates everybody may write to /usr/local, which is in front of root's PATH (e2b-dev/infra, configure.sh): any command of a
+#: sandbox could so become root with the next bridge.
+NO_PROFILE = {"POSIXLY_CORRECT": "1"}
+_TRUSTED_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 WORKSPACE, TMP = "/workspace", "/tmp"  # noqa: S108
 #: Its runner listens already, or has ended.
 BRIDGE = f"exec {RUNNER} bridge --text --wait 0.2 --socket {SOCKET}"
@@ -35,7 +41,7 @@ BRIDGE = f"exec {RUNNER} bridge --text --wait 0.2 --socket {SOCKET}"
 SLACK_S, _PLANS_S = 15, (3600, 86_400)
 _SCRIPT_TIMEOUT_S = 60.0
 _LOOK_S = 0.2
-_NO_RUNNER, _NO_USER, _CANNOT_RUN = 66, 67, 126
+_NO_RUNNER, _NO_USER, _IS_ROOT, _CANNOT_RUN = 66, 67, 68, 126
 NONE, INTERNET = "none", "internet"
 _ALL = "0.0.0.0/0"
 
@@ -107,7 +113,7 @@ class Machines:
                 dead = e2b_id
                 self.sleep(_LOOK_S)
             except BaseException as error:
-                if not adopted or isinstance(error, SandboxStartError):  # else somebody may live in it
+                if isinstance(error, SandboxStartError) or not (adopted or self._lives(e2b_id)):  # else somebody may live in it
                     self._undo(e2b_id)
                 if isinstance(error, ExecutorError) and not isinstance(error, BackendUnavailableError):
                     raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}", error.code) from None
@@ -115,25 +121,39 @@ class Machines:
 
     def _create(self, spec: SandboxSpec, dead: str, deadline_s: float) -> str:
         self._await_turn(deadline_s)
-        account = self.account
-        sandbox = account.ask(
-            f"making sandbox {spec.sandbox_id!r}",
-            lambda: Sandbox.create(
-                template=spec.image or self.options.template,
-                timeout=lease_s(spec.lifetime_s),
-                metadata=self.names.metadata(spec),
-                lifecycle={"on_timeout": "kill"},
-                idempotency_key=self.names.key(spec, dead),
-                **egress(spec.network, self.options),
-                **account.options,
-            ),
-        )
+        try:
+            return self._request(spec, dead)
+        except CircuitOpenError:
+            raise
+        except BackendUnavailableError as error:  # it may be there and cost money; the same request finds it
+            if error.code == LOG_IN or self.clock() > deadline_s:
+                raise
+        return self._request(spec, dead)
+
+    def _request(self, spec: SandboxSpec, dead: str) -> str:
+        account, template = self.account, spec.image or self.options.template
+        try:
+            sandbox = account.ask(
+                f"making sandbox {spec.sandbox_id!r}",
+                lambda: Sandbox.create(
+                    template=template,
+                    timeout=lease_s(spec.lifetime_s),
+                    metadata=self.names.metadata(spec),
+                    lifecycle={"on_timeout": "kill"},
+                    idempotency_key=self.names.key(spec, dead),
+                    **egress(spec.network, self.options),
+                    **account.options,
+                ),
+            )
+        except SandboxLostError as error:  # 404: of the template, there is no sandbox yet
+            mend = f"build template {template!r} in this account (e2b template build), or name another one"
+            raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}: {mend}", mend) from None
         account.remember(sandbox)
         return str(sandbox.sandbox_id)
 
     def _await_turn(self, deadline_s: float) -> None:
         per_s, most_s = self.options.creates_per_s, deadline_s - self.clock()
-        wait_s = self.pace(self.account.fingerprint, per_s, most_s)
+        wait_s = self.pace(self.account.access.account or self.account.fingerprint, per_s, most_s)  # an account may have several keys
         if wait_s is None:
             mend = "raise CIFIXER_E2B_CREATES_PER_S if your plan allows more, or start_timeout_s"
             raise CapacityError(
@@ -157,30 +177,40 @@ class Machines:
         if code == _NO_USER:
             mend = "set CIFIXER_E2B_USER to one that the template has"
             raise SandboxStartError(f"its template has no user {self.options.user!r}: {mend}", mend)
+        if code == _IS_ROOT:  # the runner's files and root's programs would be its own
+            mend = "set CIFIXER_E2B_USER to one that is not root"
+            raise SandboxStartError(f"commands must not have uid 0, which user {self.options.user!r} of its template has: {mend}", mend)
         if "the sandbox has ended" in said:
             raise SandboxLostError(said)
         raise SandboxStartError(f"its runner does not start: {said or f'exit code {code}'}")
+
+    def _lives(self, e2b_id: str) -> bool:
+        """Whether another worker, which has adopted it while this one was held up, has started its runner."""
+        try:
+            return self._run(self.account.sandbox(e2b_id), f"[ -S {SOCKET} ]")[0] == 0
+        except ExecutorError:
+            return False
 
     def _upload(self, sandbox: Sandbox) -> str:
         """Under a name of its own: another worker may be at it too."""
         path = f"{RUNNER}.{secrets.token_hex(6)}"
         program = Path(runner_path("x86_64")).read_bytes()
-        self.account.ask("uploading the runner", lambda: sandbox.files.write(path, program, user="root"))
+        self.account.ask_inside("uploading the runner", lambda: sandbox.files.write(path, program, user="root"))
         return path
 
     def _run(self, sandbox: Sandbox, script: str) -> tuple[int, str]:
         def run() -> tuple[int, str]:
             try:
-                sandbox.commands.run(script, user="root", cwd="/", timeout=_SCRIPT_TIMEOUT_S)
+                sandbox.commands.run(script, user="root", envs=NO_PROFILE, cwd="/", timeout=_SCRIPT_TIMEOUT_S)
             except CommandExitException as error:
                 return int(error.exit_code), error.stderr.strip()[-1500:]
             return 0, ""
 
-        return self.account.ask("starting the runner", run)
+        return self.account.ask_inside("starting the runner", run)
 
     def _script(self, spec: SandboxSpec, upload: str) -> str:
         user = shlex.quote(self.options.user)
-        put = f"chmod 555 {upload} && mv -f {upload} {RUNNER} || exit {_NO_RUNNER}" if upload else ""
+        put = f"chmod 111 {upload} && mv -f {upload} {RUNNER} || exit {_NO_RUNNER}" if upload else ""
         serve = [
             *("--socket", SOCKET, "--keep-socket", "--spool", SPOOL, "--volatile-spool", "--workspace", WORKSPACE),
             *root_arguments(WORKSPACE, TMP),
@@ -188,12 +218,15 @@ class Machines:
         ]
         return "\n".join(
             (
+                f"P=$PATH PATH={_TRUSTED_PATH}",
                 f"mkdir -p {DIRECTORY} && chmod 711 {DIRECTORY} && [ ! -L {DIRECTORY} ] || exit 1",
                 put,
                 f"[ -x {RUNNER} ] || exit {_NO_RUNNER}",
                 f"u=$(id -u {user}) && g=$(id -g {user}) || exit {_NO_USER}",
+                f'[ "$u" != 0 ] || exit {_IS_ROOT}',
                 f"h=$(getent passwd {user} | cut -d: -f6); h=${{h:-/home/{user}}}",
-                f"export HOME=$h USER={user} LOGNAME={user} SHELL=/bin/sh TERM=dumb CI=true; unset BASH_ENV ENV MAIL OLDPWD SHLVL",
+                f"export HOME=$h USER={user} LOGNAME={user} SHELL=/bin/sh TERM=dumb CI=true PATH=$P",
+                "unset BASH_ENV ENV MAIL OLDPWD SHLVL POSIXLY_CORRECT",
                 f'exec {RUNNER} enclose --directory {DIRECTORY} -- --user "$u:$g" --allow-root "$h" {shlex.join(serve)}',
             )
         )

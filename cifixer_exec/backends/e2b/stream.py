@@ -15,7 +15,7 @@ from typing import Any
 from e2b import AsyncSandbox, CommandExitException
 
 from cifixer_exec.backends.e2b.account import KEEP_S, Account
-from cifixer_exec.backends.e2b.machines import BRIDGE
+from cifixer_exec.backends.e2b.machines import BRIDGE, NO_PROFILE
 from cifixer_exec.backends.e2b.vendor_errors import GONE, NO_ANSWER, is_vendors, translate
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import MOST_WAITING_BYTES
@@ -72,6 +72,8 @@ class BridgeTransport:
         """The SDK's callback."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
+            if self._over is not None:  # nothing may come behind a gap
+                break
             if not self._begun:  # what a login shell said is not ours
                 self._begun = line == BEGIN
             else:
@@ -198,6 +200,7 @@ async def open_bridge(account: Account, e2b_id: str) -> BridgeTransport:
                 BRIDGE,
                 background=True,
                 user="root",
+                envs=NO_PROFILE,
                 cwd="/",
                 stdin=True,
                 timeout=0,  # the SDK's default would end it after a minute
