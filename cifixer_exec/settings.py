@@ -183,8 +183,8 @@ class AppConfig:
     def to_env(self) -> dict[str, str]:
         """The variables that make :meth:`from_env` in another process give this configuration."""
         defaults = type(self)()
-        changed = {v: getattr(self, n) for v, (n, _) in VARIABLES.items() if getattr(self, n) != getattr(defaults, n)}
-        return {variable: _show(value) for variable, value in changed.items()}
+        changed = {v: (getattr(self, n), parse) for v, (n, parse) in VARIABLES.items() if getattr(self, n) != getattr(defaults, n)}
+        return {variable: " ".join(value) if parse is _words else _show(value) for variable, (value, parse) in changed.items()}
 
     def with_(self, **changes: Any) -> Self:
         """A copy with ``changes``."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,21 +21,23 @@ from e2b import Sandbox, SandboxInfo, SandboxQuery
 
 from cifixer_exec.backends.breaker import Breaker
 from cifixer_exec.backends.e2b.vendor_errors import LOG_IN, is_vendors, translate
-from cifixer_exec.errors import BackendUnavailableError, ExecutorError
+from cifixer_exec.errors import BackendUnavailableError, CapacityError, ExecutorError
 
 T = TypeVar("T")
 # Else it would tell of each request, on the level that workers log.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 DEFAULT_DOMAIN = "e2b.app"
-#: Of one request; the SDK's own for commands is 60 s, and holds for the whole command.
-REQUEST_TIMEOUT_S = 30.0
-PROBE_TIMEOUT_S = 5.0
+#: Of one request, which the SDK lets take twice that; its own for commands is 60 s, and holds for the whole command.
+REQUEST_TIMEOUT_S = 15.0
+PROBE_TIMEOUT_S = 3.0
 #: The SDK's, of 429, 502, 503 and 504, with its back-off and what the server says of it: each request here may be sent again.
 RETRIES = 3
 #: Who connects may lengthen a sandbox's time with it, and never shorten it; this lengthens none that is worth a word.
 KEEP_S = 15
 _PAGE = 100
 _MOST_KNOWN = 4096
+#: The request took as long to get there.
+_END_SKEW_S = 2.0
 #: The process that has used the SDK.
 _used_by: list[int] = []
 
@@ -52,10 +56,12 @@ class Access:
 class Account:
     """One account as this process sees it. Nothing is contacted before first use."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.access = access
         self.breaker = Breaker(f"E2B at {self.where}", self.ping)
+        self._clock = clock
         self._known: dict[str, Sandbox] = {}
+        self._ends: dict[str, float] = {}
 
     @property
     def where(self) -> str:
@@ -91,21 +97,38 @@ class Account:
         }
 
     def ask(self, doing: str, verb: Callable[[], T]) -> T:
+        """As :meth:`make`; "too many requests" is never "no room": in the middle of a command that would say that it never began."""
+        try:
+            return self.make(doing, verb)
+        except CapacityError as error:
+            raise BackendUnavailableError(*error.args) from None
+
+    def make(self, doing: str, verb: Callable[[], T]) -> T:
         """Around one verb of the SDK: only errors of this package come out, and the breaker learns from them.
 
         Raises:
             CircuitOpenError: E2B has not answered for a while, so it is not asked.
         """
-        with self.breaker.guarded():
-            return translated(doing, verb)
+        self.breaker.check()
+        try:
+            answer = translated(doing, verb)
+        except ExecutorError as error:
+            if error.code == LOG_IN:
+                self.breaker.succeeded()  # it has answered
+            else:
+                self.breaker.heard(error)
+            raise
+        self.breaker.succeeded()
+        return answer
 
     def ask_inside(self, doing: str, verb: Callable[[], T]) -> T:
         """The same around one that a sandbox answers: a sandbox that hangs must not open the breaker for all others."""
         self.breaker.check()
         try:
             return translated(doing, verb)
-        except BackendUnavailableError:
-            self.breaker.look()
+        except BackendUnavailableError as error:
+            if error.code != LOG_IN:
+                self.breaker.look()
             raise
 
     def ping(self) -> None:
@@ -131,6 +154,16 @@ class Account:
         while len(self._known) >= _MOST_KNOWN:
             self._known.pop(next(iter(self._known)), None)
         self._known[sandbox.sandbox_id] = sandbox
+
+    def expect_end(self, e2b_id: str, in_s: float) -> None:
+        """E2B was asked to end it then. Afterwards it does not say why a sandbox is gone."""
+        while len(self._ends) >= _MOST_KNOWN:
+            self._ends.pop(next(iter(self._ends)), None)
+        self._ends[e2b_id] = self._clock() + in_s
+
+    def is_due(self, e2b_id: str) -> bool:
+        """Whether its end, as far as this process knows of it, is past."""
+        return self._clock() >= self._ends.get(e2b_id, inf) - _END_SKEW_S
 
     def forget(self, e2b_id: str) -> None:
         """It is gone."""

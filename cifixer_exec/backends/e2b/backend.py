@@ -26,7 +26,8 @@ from cifixer_exec.model import Capabilities, Health, Inspection, SandboxHandle, 
 #: In a handle's data.
 E2B_ID, ACCOUNT = "e2b_id", "account"
 GONE = "its microVM is gone: it was killed, or reached its time-out, or E2B lost it"
-_ENDS = {"exit 3": "its lifetime ended", "signal 9": "its runner was killed, by the kernel for want of memory or from outside"}
+_EXPIRED = "exit 3"
+_ENDS = {_EXPIRED: "its lifetime ended", "signal 9": "its runner was killed, by the kernel for want of memory or from outside"}
 
 
 class E2BBackend(Backend):
@@ -119,9 +120,12 @@ class E2BBackend(Backend):
             self._machines.remove(e2b_id)
 
     def _check_account(self, handle: SandboxHandle) -> None:
-        """Two accounts under one Redis could have the same placement: what one does not find must not be lost for the other."""
+        """Two accounts under one Redis could have the same placement: what one does not find must not be lost for the other.
+
+        An account that somebody has named has one: with a new key, too, what is gone is known to be gone.
+        """
         there = handle.data.get(ACCOUNT, self._account.fingerprint)
-        if there == self._account.fingerprint:
+        if there == self._account.fingerprint or handle.placement == self._access.account:
             return
         e2b_id = self._found(handle)
         if e2b_id is None or not self._is_known(e2b_id):
@@ -143,12 +147,12 @@ class E2BBackend(Backend):
         if e2b_id is None or not self._is_known(e2b_id):
             if e2b_id is not None:
                 self._account.forget(e2b_id)
-            return Inspection(alive=False, cause=GONE)
+            return self._gone(e2b_id)
         try:
             how = self._how_ended(e2b_id)
         except SandboxLostError:
             self._account.forget(e2b_id)
-            return Inspection(alive=False, cause=GONE)
+            return self._gone(e2b_id)
         except BackendUnavailableError:
             raise
         except ExecutorError as error:  # an answer, and none to what was asked
@@ -156,6 +160,10 @@ class E2BBackend(Backend):
         if how is None:
             return Inspection(alive=True)
         return Inspection(alive=False, cause=_ENDS.get(how, f"its runner has ended: {how}"))
+
+    def _gone(self, e2b_id: str | None) -> Inspection:
+        due = e2b_id is not None and self._account.is_due(e2b_id)
+        return Inspection(alive=False, cause=_ENDS[_EXPIRED] if due else GONE)
 
     def _how_ended(self, e2b_id: str) -> str | None:
         """What the runner's keeper wrote down; None while it runs."""
@@ -169,23 +177,18 @@ class E2BBackend(Backend):
 
     def _read_end(self, e2b_id: str) -> str | None:
         sandbox = self._account.sandbox(e2b_id)
-
-        def read() -> str | None:
-            try:
-                return str(sandbox.files.read(ENDED, user="root")).strip()
-            except FileNotFoundException:
-                return None
-
-        return self._account.ask_inside("asking for its runner's end", read)
+        return self._account.ask_inside("asking for its runner's end", lambda: _read_end(sandbox))
 
     def extend(self, handle: SandboxHandle, expires_at_s: float) -> None:
+        self._check_account(handle)
         e2b_id = self._found(handle)
         left_s = max(0.0, expires_at_s - self._clock())
         try:
             if e2b_id is None:
                 raise SandboxLostError("there is none")
-            found = e2b_id
-            self._account.ask("moving its deadline", lambda: Sandbox.set_timeout(found, timeout=lease_s(left_s), **self._account.options))
+            found, seconds = e2b_id, lease_s(left_s)
+            self._account.ask("moving its deadline", lambda: Sandbox.set_timeout(found, timeout=seconds, **self._account.options))
+            self._account.expect_end(found, seconds)
         except SandboxLostError:
             raise SandboxLostError(f"the microVM of sandbox {handle.sandbox_id!r} is gone, so its lifetime cannot be moved") from None
 
@@ -212,6 +215,13 @@ class E2BBackend(Backend):
     @property
     def _machines(self) -> Machines:
         return Machines(self._account, self._names, self._options, self._pace)
+
+
+def _read_end(sandbox: Sandbox) -> str | None:
+    try:
+        return str(sandbox.files.read(ENDED, user="root")).strip()
+    except FileNotFoundException:
+        return None
 
 
 _process_pace = ProcessPace()

@@ -16,7 +16,7 @@ from e2b import CommandExitException, Sandbox, SandboxInfo
 
 from cifixer_exec.backends.e2b.account import Account
 from cifixer_exec.backends.e2b.names import Names
-from cifixer_exec.backends.e2b.vendor_errors import LOG_IN
+from cifixer_exec.backends.e2b.vendor_errors import LOG_IN, SLOWER
 from cifixer_exec.backends.limits import limit_arguments, root_arguments
 from cifixer_exec.backends.pace import Pace
 from cifixer_exec.backends.runner import runner_path
@@ -39,7 +39,11 @@ BRIDGE = f"exec {RUNNER} bridge --text --wait 0.2 --socket {SOCKET}"
 #: The microVM ends so long behind the runner, so that the reason can still be told; no longer than plans allow
 #: (https://e2b.dev/docs/sandbox: an hour, and a day).
 SLACK_S, _PLANS_S = 15, (3600, 86_400)
+#: Whose clock is a little ahead, asks for that much more than his plan has.
+_SKEW_S = 2.0
 _SCRIPT_TIMEOUT_S = 60.0
+#: For some megabytes.
+_UPLOAD_TIMEOUT_S = 60.0
 _LOOK_S = 0.2
 _NO_RUNNER, _NO_USER, _IS_ROOT, _CANNOT_RUN = 66, 67, 68, 126
 NONE, INTERNET = "none", "internet"
@@ -62,7 +66,7 @@ class E2BOptions:
 def lease_s(lifetime_s: float) -> int:
     """E2B's time-out for a sandbox of that lifetime."""
     wanted = math.ceil(lifetime_s) + SLACK_S
-    return next((plan for plan in _PLANS_S if lifetime_s <= plan < wanted), wanted)
+    return next((plan for plan in _PLANS_S if lifetime_s - _SKEW_S <= plan < wanted), wanted)
 
 
 def egress(network: str | None, options: E2BOptions) -> dict[str, Any]:
@@ -113,42 +117,45 @@ class Machines:
                 dead = e2b_id
                 self.sleep(_LOOK_S)
             except BaseException as error:
-                if isinstance(error, SandboxStartError) or not (adopted or self._lives(e2b_id)):  # else somebody may live in it
+                if (isinstance(error, SandboxStartError) or not adopted) and not self._lives(e2b_id):
                     self._undo(e2b_id)
                 if isinstance(error, ExecutorError) and not isinstance(error, BackendUnavailableError):
                     raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}", error.code) from None
                 raise
 
     def _create(self, spec: SandboxSpec, dead: str, deadline_s: float) -> str:
-        self._await_turn(deadline_s)
-        try:
-            return self._request(spec, dead)
-        except CircuitOpenError:
-            raise
-        except BackendUnavailableError as error:  # it may be there and cost money; the same request finds it
-            if error.code == LOG_IN or self.clock() > deadline_s:
-                raise
-        return self._request(spec, dead)
+        template, unheard = spec.image or self.options.template, False
+        while True:
+            self._await_turn(deadline_s)
+            try:
+                return self._created(spec, template, dead)
+            except CapacityError as error:  # somebody else uses the account too: the next turn may be ours
+                if error.code != SLOWER or self.clock() > deadline_s:
+                    raise
+                self.sleep(_LOOK_S)
+            except SandboxLostError as error:  # what is not found is the template
+                mend = "correct image= or CIFIXER_E2B_TEMPLATE, or build it (e2b template build)"
+                raise SandboxStartError(f"there is no template {template!r}: {error}: {mend}", mend) from None
+            except BackendUnavailableError as error:  # it may be there and cost money; the same request finds it
+                if unheard or isinstance(error, CircuitOpenError) or error.code == LOG_IN or self.clock() > deadline_s:
+                    raise
+                unheard = True
 
-    def _request(self, spec: SandboxSpec, dead: str) -> str:
-        account, template = self.account, spec.image or self.options.template
-        try:
-            sandbox = account.ask(
-                f"making sandbox {spec.sandbox_id!r}",
-                lambda: Sandbox.create(
-                    template=template,
-                    timeout=lease_s(spec.lifetime_s),
-                    metadata=self.names.metadata(spec),
-                    lifecycle={"on_timeout": "kill"},
-                    idempotency_key=self.names.key(spec, dead),
-                    **egress(spec.network, self.options),
-                    **account.options,
-                ),
-            )
-        except SandboxLostError as error:  # 404: of the template, there is no sandbox yet
-            mend = f"build template {template!r} in this account (e2b template build), or name another one"
-            raise SandboxStartError(f"sandbox {spec.sandbox_id!r} did not start: {error}: {mend}", mend) from None
+    def _created(self, spec: SandboxSpec, template: str, dead: str) -> str:
+        account = self.account
+        asked = {
+            "template": template,
+            "timeout": lease_s(spec.lifetime_s),
+            "metadata": self.names.metadata(spec),
+            "lifecycle": {"on_timeout": "kill"},
+            **egress(spec.network, self.options),
+        }
+        key = self.names.key(spec.sandbox_id, asked, dead)
+        sandbox = account.make(
+            f"making sandbox {spec.sandbox_id!r}", lambda: Sandbox.create(**asked, idempotency_key=key, **account.options)
+        )
         account.remember(sandbox)
+        account.expect_end(sandbox.sandbox_id, lease_s(spec.lifetime_s))
         return str(sandbox.sandbox_id)
 
     def _await_turn(self, deadline_s: float) -> None:
@@ -195,7 +202,9 @@ class Machines:
         """Under a name of its own: another worker may be at it too."""
         path = f"{RUNNER}.{secrets.token_hex(6)}"
         program = Path(runner_path("x86_64")).read_bytes()
-        self.account.ask_inside("uploading the runner", lambda: sandbox.files.write(path, program, user="root"))
+        self.account.ask_inside(
+            "uploading the runner", lambda: sandbox.files.write(path, program, user="root", request_timeout=_UPLOAD_TIMEOUT_S)
+        )
         return path
 
     def _run(self, sandbox: Sandbox, script: str) -> tuple[int, str]:

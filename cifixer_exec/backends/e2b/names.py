@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cifixer_exec.model import SandboxSpec
 
@@ -33,6 +34,9 @@ class Names:
         """Whether it belongs to that sandbox of ours, whatever a server makes of a query."""
         return all(metadata.get(name) == value for name, value in self.query(sandbox_id).items())
 
-    def key(self, spec: SandboxSpec, dead: str) -> str:
-        """Of the request that makes it: the same for the same sandbox, so that E2B makes one; another behind the one that is ``dead``."""
-        return hashlib.sha256(f"{self.namespace}\0{spec.sandbox_id}\0{dead}".encode()).hexdigest()
+    def key(self, sandbox_id: str, asked: Mapping[str, Any], dead: str) -> str:
+        """Of the request that makes it: the same for the same sandbox, so that E2B makes one; another behind the one that is ``dead``.
+
+        Another also where something else is ``asked`` for: E2B refuses a key that it knows from another request.
+        """
+        return hashlib.sha256(json.dumps([self.namespace, sandbox_id, asked, dead], sort_keys=True).encode()).hexdigest()

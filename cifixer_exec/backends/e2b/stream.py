@@ -72,11 +72,9 @@ class BridgeTransport:
         """The SDK's callback."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            if self._over is not None:  # nothing may come behind a gap
-                break
-            if not self._begun:  # what a login shell said is not ours
-                self._begun = line == BEGIN
-            else:
+            if not self._begun:  # what a login shell said is not ours, and need not end with a line
+                self._begun = line.endswith(BEGIN)
+            elif line and self._over is None:  # behind what was no base64 there would be a gap
                 self._add(line)
         self._changed.set()
         if self._size >= MOST_WAITING_BYTES:
@@ -91,7 +89,7 @@ class BridgeTransport:
         try:
             data = binascii.a2b_base64(line, strict_mode=True)
         except ValueError as error:
-            self._over = self._over or ConnectionError(f"the bridge to the runner said what is no base64: {error}")
+            self._over = ConnectionError(f"the bridge to the runner said what is no base64: {error}")
             return
         self._received.append(data)
         self._size += len(data)
@@ -99,12 +97,12 @@ class BridgeTransport:
     async def _watch(self) -> None:
         try:
             await self._handle.wait()
-            self._over = EOFError()
+            self._over = self._over or EOFError("it has ended")
         except asyncio.CancelledError:
             self._over = self._over or ConnectionError("the connection was closed")
             raise
         except Exception as error:  # noqa: BLE001  # the SDK's have no common base
-            self._over = error
+            self._over = self._over or error
         finally:
             self._changed.set()
             self._idle.set()

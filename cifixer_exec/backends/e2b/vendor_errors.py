@@ -7,6 +7,7 @@ The SDK's classes have no common base: ``AuthenticationException``, ``ServiceBus
 
 from __future__ import annotations
 
+import json
 from typing import TypeGuard
 
 import httpx
@@ -37,17 +38,17 @@ from cifixer_exec.errors import (
     SandboxStartError,
 )
 
-#: No answer at all.
-NO_ANSWER = (httpx.HTTPError, OSError, ReadError, WriteError, StreamError)
-VENDOR_ERRORS = (*NO_ANSWER, SandboxException, AuthenticationException, ServiceBusyException, BuildException, ConnectError)
+#: No answer at all, or a stream that broke, or what some proxy on the way said instead of JSON.
+NO_ANSWER = (httpx.HTTPError, OSError, ReadError, WriteError, StreamError, ConnectError, json.JSONDecodeError)
+VENDOR_ERRORS = (*NO_ANSWER, SandboxException, AuthenticationException, ServiceBusyException, BuildException)
 GONE = (SandboxNotRunningException, NotFoundException)
 
 LOG_IN = "set E2B_API_KEY to a key of the account that owns the sandboxes (https://e2b.dev/dashboard, Keys)"
-_SLOWER = "lower CIFIXER_E2B_CREATES_PER_S to what your plan allows"
+SLOWER = "lower CIFIXER_E2B_CREATES_PER_S to what your plan allows"
 _ROOM = "tear sandboxes down, or ask E2B for a higher limit"
 _TABLE: tuple[tuple[type[Exception], type[ExecutorError], str], ...] = (
     (AuthenticationException, BackendUnavailableError, LOG_IN),
-    (RateLimitException, CapacityError, _SLOWER),
+    (RateLimitException, CapacityError, SLOWER),
     (ServiceBusyException, BackendUnavailableError, ""),
     (SandboxNotRunningException, SandboxLostError, ""),
     (NotFoundException, SandboxLostError, ""),
@@ -74,7 +75,7 @@ def translate(error: Exception, doing: str) -> ExecutorError:
         return BackendUnavailableError(f"E2B does not answer while {doing}: {said}")
     for vendors, ours, mend in _TABLE:
         if isinstance(error, vendors):
-            return _refusal(ours, doing, said, _ROOM if mend == _SLOWER and "concurrent" in said.lower() else mend)
+            return _refusal(ours, doing, said, _ROOM if mend == SLOWER and "concurrent" in said.lower() else mend)
     status = getattr(error, "status_code", None) or 0
     kind = _BY_STATUS.get(status, BackendUnavailableError if status >= 500 else BackendError)
     return _refusal(kind, doing, said, LOG_IN if status == 403 else "")
