@@ -27,7 +27,7 @@ from cifixer_exec.model import SandboxHandle
 from cifixer_exec.store.records import WorkerRecord
 from cifixer_exec.wiring import make_journal
 from tests.support.docker_daemon import NoDaemonError, docker_host, image_for_tests, left_on_daemon
-from tests.support.e2b_service import NoServiceError, left_in_service, service_settings
+from tests.support.e2b_service import MOST_LIFETIME_S, NoServiceError, left_in_service, service_settings
 from tests.support.kubernetes_cluster import NoClusterError, cluster_settings, left_in_cluster
 
 REQUIRE = "CIFIXER_TEST_REQUIRE"
@@ -75,7 +75,7 @@ def on_backend(name: str, config: AppConfig) -> AppConfig:
     if name == "kubernetes":
         return config.with_(execution_backend=name, **cluster_settings())
     if name == "e2b":
-        return config.with_(execution_backend=name, **service_settings())
+        return config.with_(execution_backend=name, lifetime_s=min(config.lifetime_s, MOST_LIFETIME_S), **service_settings())
     return config.with_(execution_backend=name)
 
 

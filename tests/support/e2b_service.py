@@ -17,6 +17,8 @@ from tests.support.e2b.stand_in import NotHereError, Service, StandIn
 
 #: Any text; then ``E2B_API_KEY`` and its kin say where.
 REAL = "CIFIXER_TEST_E2B"
+#: So that whatever goes wrong costs little.
+MOST_LIFETIME_S = 900.0
 
 
 class NoServiceError(Exception):
