@@ -19,8 +19,9 @@ from tests.support.chaos_outages import DEADLINE_S, FAST_S, GRACE_S, NOTICED_S, 
 from tests.support.chaos_stack import COUNT, Crew, check_once, run_in_background
 from tests.support.contract_stack import absent
 from tests.support.kubernetes.knobs import Knobs
-from tests.support.kubernetes.stand_in import NotHereError, OwnStandIn, StandIn
+from tests.support.kubernetes.stand_in import OwnStandIn, StandIn
 from tests.support.kubernetes_cluster import WORKER, settings_on
+from tests.support.own_process import NotHereError
 
 AWAY_S = 2.0
 

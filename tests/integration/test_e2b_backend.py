@@ -26,8 +26,9 @@ from cifixer_exec.errors import (
     SandboxStartError,
 )
 from cifixer_exec.model import Inspection, SandboxHandle
-from tests.support.e2b_accounts import account_of, backend_of, machine_of, machines_of, processes_in, spec_of, wait_for
+from tests.support.e2b_accounts import account_of, backend_of, machine_of, machines_of, processes_in, spec_of
 from tests.support.e2b_service import service
+from tests.support.kubernetes.waiting import until
 
 Json = dict[str, Any]
 
@@ -54,7 +55,7 @@ def requests() -> dict[str, int]:
 
 
 def death_of(backend: E2BBackend, handle: SandboxHandle) -> Inspection:
-    wait_for(lambda: not backend.inspect(handle).alive)
+    until(lambda: not backend.inspect(handle).alive)
     return backend.inspect(handle)
 
 
@@ -83,11 +84,13 @@ class TestWhatIsAsked:
         assert "secret-57ad" not in json.dumps(asked)
 
     def test_what_may_be_reached_is_said(self, config: AppConfig) -> None:
-        backend_of(config, e2b_allow_out=("pypi.org", "10.0.0.0/8"), e2b_template="code-interpreter-v1").create(spec_of(network="internet"))
+        backend_of(config, e2b_allow_out=("packages.example", "10.0.0.0/8"), e2b_template="code-interpreter-v1").create(
+            spec_of(network="internet")
+        )
         (asked,) = creates()
         assert asked["body"]["templateID"] == "code-interpreter-v1"
         assert asked["body"]["allow_internet_access"] is True
-        network = {"allowOut": ["pypi.org", "10.0.0.0/8"], "denyOut": ["0.0.0.0/0"], "allowPublicTraffic": False}
+        network = {"allowOut": ["packages.example", "10.0.0.0/8"], "denyOut": ["0.0.0.0/0"], "allowPublicTraffic": False}
         assert asked["body"]["network"] == network
 
     def test_the_pace_is_asked_once_for_each_that_is_made_and_never_for_one_that_is_adopted(self, config: AppConfig) -> None:
@@ -297,7 +300,7 @@ def test_what_fails_within_the_machine_leaves_nothing(config: AppConfig, backend
     service().fault(method="POST", path=path, times=10_000, **how)
     with pytest.raises((SandboxStartError, BackendUnavailableError), match=r"did not start|E2B (does not answer|refused)"):
         backend.create(spec_of())
-    wait_for(lambda: not machines_of(config.namespace))
+    until(lambda: not machines_of(config.namespace))
 
 
 class TestKeys:
@@ -375,7 +378,7 @@ class TestNobodyThere:
             assert not backend.probe().ok
         finally:
             service().order("start", port="api")
-        assert wait_for(lambda: is_alive(backend, handle))
+        assert until(lambda: is_alive(backend, handle))
         assert backend.breaker_state == "closed"
         assert backend.probe().ok
 

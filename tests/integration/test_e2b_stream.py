@@ -15,8 +15,9 @@ from cifixer_exec import AppConfig, SandboxEnvironment, create_sandbox
 from cifixer_exec.backends.e2b import E2BBackend, stream
 from cifixer_exec.errors import BackendUnavailableError
 from cifixer_exec.model import MIB, SandboxHandle
-from tests.support.e2b_accounts import account_of, backend_of, machine_of, overheard, processes_in, wait_for
+from tests.support.e2b_accounts import account_of, backend_of, machine_of, overheard, processes_in
 from tests.support.e2b_service import service
+from tests.support.kubernetes.waiting import until
 
 #: Takes about four seconds, says 800 lines, and each only once.
 LINES = 800
@@ -179,7 +180,7 @@ def test_one_that_hangs_is_told_in_time_and_is_not_taken_for_the_whole_service(
     service().order("thaw", sandbox=machine)
     monkeypatch.undo()
     asyncio.run(dialled(backend, owned.handle))
-    wait_for(lambda: len(processes_in(machine, "bridge")) <= 1)
+    until(lambda: len(processes_in(machine, "bridge")) <= 1)
 
 
 async def dialled(backend: E2BBackend, handle: SandboxHandle) -> None:
@@ -190,7 +191,7 @@ def test_bridges_do_not_pile_up(sandbox: SandboxEnvironment, machine: str) -> No
     for number in range(20):
         assert service().order("cut_streams", sandbox=machine, how="reset") >= 1
         assert sandbox.run_command(["echo", str(number)]).text == f"{number}\n"
-    wait_for(lambda: len(processes_in(machine, "bridge")) <= 1)
+    until(lambda: len(processes_in(machine, "bridge")) <= 1)
     assert len(processes_in(machine, "enclosed")) == 1
 
 
@@ -203,7 +204,7 @@ def test_nothing_is_left_in_the_machine_when_a_client_goes(config: AppConfig, sa
         transport = await backend.dial(owned.handle)()
         assert len(processes_in(machine, "bridge")) >= 1
         transport.close()
-        await asyncio.to_thread(wait_for, lambda: len(processes_in(machine, "bridge")) <= 1)
+        await asyncio.to_thread(until, lambda: len(processes_in(machine, "bridge")) <= 1)
 
     asyncio.run(open_and_close())
 

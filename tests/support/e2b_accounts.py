@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from cifixer_exec import AppConfig
 from cifixer_exec.backends.e2b import E2BBackend
 from cifixer_exec.backends.registry import make_backend
 from cifixer_exec.model import SandboxHandle, SandboxSpec
-from tests.support.e2b_service import NoServiceError, is_real, service, settings_on
+from tests.support.e2b_service import KNOBS, NoServiceError, is_real, service, settings_on
+from tests.support.kubernetes.waiting import until
 
 Json = dict[str, Any]
 
@@ -38,11 +38,12 @@ def account_of(namespace: str) -> Iterator[AppConfig]:
     finally:
         found.order("clear_faults")
         found.order("reset")
+        found.set(**KNOBS)
         found.order("thaw")
         clean = backend_of(config, e2b_api_key=found.key(namespace))  # with a breaker of its own
         for owned in clean.list_owned():
             clean.destroy(owned.handle)
-    wait_for(lambda: not machines_of(namespace))
+    until(lambda: not machines_of(namespace))
 
 
 def backend_of(config: AppConfig, **settings: Any) -> E2BBackend:
@@ -53,15 +54,6 @@ def backend_of(config: AppConfig, **settings: Any) -> E2BBackend:
 
 def spec_of(sandbox_id: str = "one", **members: Any) -> SandboxSpec:
     return SandboxSpec(**{"backend": "e2b", "sandbox_id": sandbox_id, **members})
-
-
-def wait_for(what: Callable[[], Any], *, timeout_s: float = 20.0) -> Any:
-    """The first true answer of ``what``."""
-    give_up = time.monotonic() + timeout_s
-    while not (answer := what()):
-        assert time.monotonic() < give_up, "it does not come to pass"
-        time.sleep(0.05)
-    return answer
 
 
 def machines_of(team: str) -> list[Json]:

@@ -13,10 +13,13 @@ import pytest
 
 from cifixer_exec import AppConfig
 from cifixer_exec.backends.registry import make_backend
-from tests.support.e2b.stand_in import NotHereError, Service, StandIn
+from tests.support.e2b.stand_in import Service, StandIn
+from tests.support.own_process import NotHereError
 
 #: Any text; then ``E2B_API_KEY`` and its kin say where.
 REAL = "CIFIXER_TEST_E2B"
+#: Of the stand-in for most tests: as for those who pay.
+KNOBS = {"max_timeout_s": 86_400}
 #: So that whatever goes wrong costs little.
 MOST_LIFETIME_S = 900.0
 
@@ -49,7 +52,7 @@ def service() -> Service:
     except NotHereError as error:
         raise NoServiceError(str(error)) from None
     atexit.register(own.close)
-    started.set(max_timeout_s=86_400)  # as for those who pay
+    started.set(**KNOBS)
     return started
 
 

@@ -12,7 +12,8 @@ from cifixer_exec import AppConfig
 from cifixer_exec.backends.kubernetes.rights import NEEDED
 from cifixer_exec.backends.registry import make_backend
 from tests.support.kubernetes.images import RUNNER_IMAGE
-from tests.support.kubernetes.stand_in import NotHereError, OwnStandIn, StandIn
+from tests.support.kubernetes.stand_in import OwnStandIn, StandIn
+from tests.support.own_process import NotHereError
 
 KUBECONFIG = "CIFIXER_TEST_KUBECONFIG"
 NAMESPACE = "CIFIXER_TEST_KUBERNETES_NAMESPACE"

@@ -109,10 +109,10 @@ EGRESS: dict[str, tuple[str | None, E2BOptions, dict[str, Any]]] = {
     "not said": (None, E2BOptions(), {"allow_internet_access": False, "network": {"allow_public_traffic": False}}),
     "some of it": (
         "internet",
-        E2BOptions(allow_out=("pypi.org", "1.1.1.1")),
+        E2BOptions(allow_out=("packages.example", "1.1.1.1")),
         {
             "allow_internet_access": True,
-            "network": {"allow_out": ["pypi.org", "1.1.1.1"], "deny_out": ["0.0.0.0/0"], "allow_public_traffic": False},
+            "network": {"allow_out": ["packages.example", "1.1.1.1"], "deny_out": ["0.0.0.0/0"], "allow_public_traffic": False},
         },
     ),
     "all but some": (

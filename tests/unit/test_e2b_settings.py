@@ -23,7 +23,7 @@ READ: dict[str, tuple[str, str, Any]] = {
     "CIFIXER_E2B_ACCOUNT": ("e2b_account", "ci.team-1", "ci.team-1"),
     "CIFIXER_E2B_TEMPLATE": ("e2b_template", "team/python:3", "team/python:3"),
     "CIFIXER_E2B_USER": ("e2b_user", "root", "root"),
-    "CIFIXER_E2B_ALLOW_OUT": ("e2b_allow_out", "pypi.org 10.0.0.0/8", ("pypi.org", "10.0.0.0/8")),
+    "CIFIXER_E2B_ALLOW_OUT": ("e2b_allow_out", "packages.example 10.0.0.0/8", ("packages.example", "10.0.0.0/8")),
     "CIFIXER_E2B_DENY_OUT": ("e2b_deny_out", "1.1.1.1", ("1.1.1.1",)),
     "CIFIXER_E2B_CREATES_PER_S": ("e2b_creates_per_s", "5", 5.0),
 }

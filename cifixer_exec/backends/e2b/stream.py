@@ -202,6 +202,7 @@ async def open_bridge(account: Account, e2b_id: str) -> BridgeTransport:
                 cwd="/",
                 stdin=True,
                 timeout=0,  # the SDK's default would end it after a minute
+                request_timeout=0,  # ours is around it: who cancels the SDK's own leaves a task whose end nobody asks for
                 on_stdout=transport.on_stdout,
                 on_stderr=transport.on_stderr,
                 retain_output=False,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.contract_stack import absent
-from tests.support.e2b.stand_in import NotHereError, Service, StandIn
+from tests.support.e2b.stand_in import Service, StandIn
 from tests.support.kubernetes.waiting import until
+from tests.support.own_process import NotHereError
 
 
 @pytest.fixture(scope="session")

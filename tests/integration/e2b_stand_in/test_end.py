@@ -14,9 +14,9 @@ from uuid import uuid4
 import pytest
 
 from tests.support.contract_stack import absent
-from tests.support.e2b.stand_in import NotHereError, Service, StandIn
-from tests.support.kubernetes.stand_in import remove_groups
+from tests.support.e2b.stand_in import Service, StandIn
 from tests.support.kubernetes.waiting import until
+from tests.support.own_process import NotHereError, remove_groups
 
 _SCRIPT = """
 import sys, time

@@ -11,9 +11,10 @@ from tests.support.contract_stack import absent
 from tests.support.kubernetes.exec_client import Done, execute
 from tests.support.kubernetes.rest_client import client, rest_client
 from tests.support.kubernetes.samples import ACCOUNT, RESTRICTED, pod_spec, with_runner
-from tests.support.kubernetes.stand_in import NotHereError, OwnStandIn, StandIn
+from tests.support.kubernetes.stand_in import OwnStandIn, StandIn
 from tests.support.kubernetes.starting import NS, started
 from tests.support.kubernetes.waiting import until
+from tests.support.own_process import NotHereError
 
 Exec = Callable[..., Done]
 

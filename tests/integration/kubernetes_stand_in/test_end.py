@@ -14,8 +14,9 @@ from uuid import uuid4
 import pytest
 
 from tests.support.kubernetes.samples import ACCOUNT, pod_spec
-from tests.support.kubernetes.stand_in import OwnStandIn, remove_groups
+from tests.support.kubernetes.stand_in import OwnStandIn
 from tests.support.kubernetes.starting import NS, started
+from tests.support.own_process import remove_groups
 
 
 def running(word: str) -> list[str]:
@@ -51,7 +52,7 @@ class TestEnd:
             "import sys, time; from tests.integration.kubernetes_stand_in.test_end import *\n"
             "own = OwnStandIn(); cluster = own.start(); cluster.namespace(NS, accounts=(ACCOUNT,))\n"
             "started(cluster, 'one', pod_spec(['sh', '-c', f'sleep 60; echo word-' + sys.argv[1]]))\n"
-            "print(own._process.pid, cluster.directory, flush=True); time.sleep(60)\n"
+            "print(own.pid, cluster.directory, flush=True); time.sleep(60)\n"
         )
         command = [sys.executable, "-c", script, word.removeprefix("word-")]
         starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

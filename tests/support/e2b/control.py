@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from aiohttp import web
 
 from tests.support.e2b.faults import Fault
 from tests.support.e2b.problems import HttpError
 from tests.support.e2b.stream import CUTS
+from tests.support.verbs import Verbs
 
 if TYPE_CHECKING:
     from tests.support.e2b.process import Machine
@@ -20,30 +16,13 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
-class Control:
+class Control(Verbs):
     """Each public method is a verb."""
+
+    refusals = (HttpError,)
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-
-    def application(self) -> web.Application:
-        """Its HTTP side."""
-        application = web.Application(client_max_size=64 << 20)
-        application.router.add_post("/{verb}", self._handle)
-        return application
-
-    async def _handle(self, request: web.Request) -> web.Response:
-        verb = request.match_info["verb"]
-        try:
-            if verb.startswith("_") or verb == "application":
-                raise AttributeError(verb)
-            action: Callable[..., Any] = getattr(self, verb)
-            result = action(**json.loads(await request.text() or "{}"))
-            if asyncio.iscoroutine(result):
-                result = await result
-        except (ArithmeticError, AttributeError, HttpError, LookupError, OSError, TypeError, ValueError) as error:
-            return web.json_response({"error": f"{type(error).__name__}: {error}"}, status=400)
-        return web.json_response({"result": result})
 
     def set(self, **knobs: Any) -> None:
         """Knobs, by name."""

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.kubernetes.stand_in import NotHereError, ordered, remove_groups
+from tests.support.kubernetes.stand_in import ordered
+from tests.support.own_process import OwnProcess
 
-__all__ = ["NotHereError", "Service", "StandIn"]
 Json = dict[str, Any]
-_STOP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -71,15 +65,14 @@ class Service:
         return found
 
 
-class StandIn:
+class StandIn(OwnProcess):
     """``with StandIn() as service``: one of our own, gone with all its processes, mounts and control groups at the end.
 
     It also ends when this process does, however that ends.
     """
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="es-"))  # short: a socket's path has at most 107 bytes
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__("tests.support.e2b", prefix="es-")
 
     def __enter__(self) -> Service:
         return self.start()
@@ -89,49 +82,7 @@ class StandIn:
 
     def start(self) -> Service:
         """Raises NotHereError."""
-        self._directory.chmod(0o711)
-        root = str(Path(__file__).parents[3])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-        command = [sys.executable, "-m", "tests.support.e2b", str(self._directory)]
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
-            )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        told: Json = json.loads(line) if line else {"error": self.log[-2000:]}
-        if "error" in told:
-            self.close()
-            raise NotHereError(told["error"])
+        told = self.begin()
         about = {f"{name}_url": f"http://127.0.0.1:{port}" for name, port in told["ports"].items()}
-        (self._directory / "about.json").write_text(json.dumps({**about, "api_key": told["key"], "limited": told["limited"]}))
-        return Service.at(self._directory)
-
-    @property
-    def pid(self) -> int:
-        """Of its process."""
-        return 0 if self._process is None else self._process.pid
-
-    @property
-    def log(self) -> str:
-        """What its process has written."""
-        return (self._directory / "log").read_text()
-
-    def close(self) -> None:
-        """Raises RuntimeError when it does not end by itself."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise RuntimeError(f"the stand-in did not end: {self.log[-2000:]}") from None
-        finally:
-            process.stdout.close()
-            remove_groups(f"stand-in-{self._directory.name}")
-            shutil.rmtree(self._directory, ignore_errors=True)
+        (self.directory / "about.json").write_text(json.dumps({**about, "api_key": told["key"], "limited": told["limited"]}))
+        return Service.at(self.directory)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from aiohttp import web
 
 from tests.support.kubernetes import objects
 from tests.support.kubernetes.authorization import Grant
@@ -19,6 +15,7 @@ from tests.support.kubernetes.pod_worker import PodWorker
 from tests.support.kubernetes.problems import ApiError
 from tests.support.kubernetes.server import ApiServer
 from tests.support.kubernetes.store import stamp
+from tests.support.verbs import Verbs
 
 if TYPE_CHECKING:
     from tests.support.kubernetes.process import Listener
@@ -26,32 +23,15 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
-class Control:
+class Control(Verbs):
     """Each public method is a verb."""
+
+    refusals = (ApiError,)
 
     def __init__(self, cluster: Cluster, server: ApiServer, listener: Listener) -> None:
         self._cluster = cluster
         self._server = server
         self._listener = listener
-
-    def application(self) -> web.Application:
-        """Its HTTP side."""
-        application = web.Application(client_max_size=64 << 20)
-        application.router.add_post("/{verb}", self._handle)
-        return application
-
-    async def _handle(self, request: web.Request) -> web.Response:
-        verb = request.match_info["verb"]
-        try:
-            if verb.startswith("_") or verb == "application":
-                raise AttributeError(verb)
-            action: Callable[..., Any] = getattr(self, verb)
-            result = action(**json.loads(await request.text() or "{}"))
-            if asyncio.iscoroutine(result):
-                result = await result
-        except (ApiError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-            return web.json_response({"error": f"{type(error).__name__}: {error}"}, status=400)
-        return web.json_response({"result": result})
 
     def add_namespace(self, name: str, labels: dict[str, str], accounts: list[str]) -> None:
         """See Cluster."""

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.own_process import OwnProcess
+
 Json = dict[str, Any]
-_STOP_S = 30.0
-
-
-class NotHereError(Exception):
-    """It cannot run on this machine; the text says why."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -109,16 +101,15 @@ class StandIn:
         return path
 
 
-class OwnStandIn:
+class OwnStandIn(OwnProcess):
     """``with OwnStandIn() as stand_in``: one of our own, gone with all its processes, mounts and control groups at the end.
 
     It also ends when this process does, however that ends.
     """
 
     def __init__(self, *, tls: bool = False) -> None:
+        super().__init__("tests.support.kubernetes", *(["tls"] if tls else []), prefix="ks-")
         self._tls = tls
-        self._directory = Path(tempfile.mkdtemp(prefix="ks-"))  # short: a socket's path has at most 107 bytes
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> StandIn:
         return self.start()
@@ -128,55 +119,8 @@ class OwnStandIn:
 
     def start(self) -> StandIn:
         """Raises NotHereError."""
-        self._directory.chmod(0o711)
-        root = str(Path(__file__).parents[3])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-        command = [sys.executable, "-m", "tests.support.kubernetes", str(self._directory), *(["tls"] if self._tls else [])]
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
-            )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        told = json.loads(line) if line else {"error": (self._directory / "log").read_text()[-2000:]}
-        if "error" in told:
-            self.close()
-            raise NotHereError(told["error"])
+        told = self.begin()
         url = f"{'https' if self._tls else 'http'}://127.0.0.1:{told['port']}"
         about = {"url": url, "one_user": told["one_user"], "limited": told["limited"], "tls": self._tls}
-        (self._directory / "about.json").write_text(json.dumps(about))
-        return StandIn.at(self._directory)
-
-    @property
-    def log(self) -> str:
-        """What its process has written."""
-        return (self._directory / "log").read_text()
-
-    def close(self) -> None:
-        """Raises RuntimeError when it does not end by itself."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise RuntimeError(f"the stand-in did not end: {self.log[-2000:]}") from None
-        finally:
-            process.stdout.close()
-            remove_groups(f"stand-in-{self._directory.name}")
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def remove_groups(name: str) -> None:
-    """Those of a stand-in that could not do it itself: ``name`` is ``stand-in-`` and its directory's."""
-    from cifixer_exec.backends.local.cgroups import detect, kill_all, remove
-
-    cgroups = detect()
-    groups = [] if cgroups is None else [p for base in set(cgroups.bases.values()) for p in base.glob(f"cifixer-exec/{name}-*")]
-    kill_all(groups)
-    remove(groups)
+        (self.directory / "about.json").write_text(json.dumps(about))
+        return StandIn.at(self.directory)
