@@ -47,11 +47,14 @@ class _Work(Generic[T]):
     def result(self) -> T:
         """Wait for the end; what the coroutine raised is raised. Raises concurrent.futures.CancelledError when it was cancelled."""
         value, error = self._ends.get()
-        if isinstance(error, asyncio.CancelledError):
-            raise CancelledError from error
-        if error is not None:
-            raise error
-        return cast(T, value)
+        try:
+            if isinstance(error, asyncio.CancelledError):
+                raise CancelledError from error
+            if error is not None:
+                raise error
+            return cast(T, value)
+        finally:
+            del error  # else this frame and the exception would keep each other, and what hangs on them
 
     def cancel(self) -> None:
         """Behind :meth:`_begin`, which the loop does first."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,11 @@ def test_the_same_op_id_runs_once(stack: Stack, sandbox_id: str) -> None:
 def test_interrupted_exec_kills_its_command(stack: Stack, sandbox_id: str) -> None:
     user, _ = stack
     command = [*user.command(), "exec", sandbox_id, "--", "sh", "-c", "echo go; exec sleep 4321"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=user.environment())
+    # Who runs the tests in the background of a shell has it ignored, and a program that starts so leaves it at that.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", heed, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=user.environment()
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"go\n"
 
