@@ -20,7 +20,9 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from cifixer_exec import AppConfig, ExecResult, SandboxEnvironment, create_sandbox
+from cifixer_exec.backends.base import Backend
 from cifixer_exec.backends.registry import make_backend
+from cifixer_exec.errors import BackendError
 from cifixer_exec.model import SandboxHandle
 from cifixer_exec.queues import MAINTENANCE, placement_queue
 from cifixer_exec.store.journal import Journal
@@ -95,13 +97,25 @@ class Crew:
             kill(worker)
         backend = make_backend(self.config)
         for owned in backend.list_owned():
-            backend.destroy(owned.handle)
+            destroy(backend, owned.handle)
         if backend.name == "docker_local":
             assert left_on_daemon(self.config.namespace, self.config.docker_host) == []
         if backend.name == "kubernetes":
             assert left_in_cluster(self.config.namespace) == []
         if backend.name == "e2b":
             assert left_in_service(self.config.namespace) == []
+
+
+def destroy(backend: Backend, handle: SandboxHandle, patience_s: float = 15.0) -> None:
+    """As who is told to call again does it: what a killed worker was just ending may take a moment."""
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return backend.destroy(handle)
+        except BackendError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.2)
 
 
 def kill(worker: WorkerProcess) -> None:
