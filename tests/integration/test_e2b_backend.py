@@ -262,7 +262,7 @@ FAILURES: dict[str, tuple[Json, Json, type[ExecutorError], str]] = {
         SandboxStartError,
         "has no user 'nobody-here': set CIFIXER_E2B_USER",
     ),
-    "more time than the plan allows": ({}, {"lifetime_s": 7200}, InvalidRequestError, "Timeout cannot be greater than 1 hours"),
+    "more time than the plan allows": ({}, {"lifetime_s": 90_000}, InvalidRequestError, "Timeout cannot be greater than 24 hours"),
     "memory that only a template can give": ({}, {"memory_bytes": 1 << 30}, InvalidRequestError, "build a template of that size"),
     "a name that is none": ({}, {"image": "a b"}, InvalidRequestError, "image='a b' is not usable"),
     "a network that is not there": ({}, {"network": "host"}, InvalidRequestError, "take one of none, internet"),

@@ -97,7 +97,7 @@ class TestLife:
         before = found.files.read("/tmp/n")
         until(lambda: found.files.read("/tmp/n") != before)
         assert [p.pid for p in found.commands.list()] == [handle.pid]
-        assert found.files.read("/tmp/n").split()[:3] == ["1", "2", "3"]
+        until(lambda: found.files.read("/tmp/n").split()[:3] == ["1", "2", "3"])
 
     def listed(self, service: Service, e2b: Any, **query: Any) -> list[Any]:
         return list(e2b.Sandbox.list(query=e2b.SandboxQuery(**query), **service.connection).next_items())
