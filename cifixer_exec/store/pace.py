@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -19,7 +20,7 @@ _PATIENCE_S = 3.0
 class SharedPace:
     """As :data:`cifixer_exec.backends.pace.Pace` has it; blocking. While Redis is away ``otherwise`` is asked."""
 
-    def __init__(self, url: str, otherwise: Any) -> None:
+    def __init__(self, url: str, otherwise: Callable[[str, float, float], float | None]) -> None:
         self._url = url
         self._otherwise = otherwise
         self._lock = threading.Lock()
@@ -31,8 +32,7 @@ class SharedPace:
             word, wait_ms = self._evaluated(*arguments)
         except redis.RedisError as error:
             log.warning("Redis does not tell whose turn it is to make a sandbox, so only this process's own pace is kept: %s", error)
-            own: float | None = self._otherwise(account, per_s, most_wait_s)
-            return own
+            return self._otherwise(account, per_s, most_wait_s)
         return int(wait_ms) / 1000 if word == b"ok" else None
 
     def _evaluated(self, *arguments: str | int) -> Any:

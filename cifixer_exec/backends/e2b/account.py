@@ -151,15 +151,11 @@ class Account:
 
     def remember(self, sandbox: Sandbox) -> None:
         """Its secret for the way into it, which E2B tells to whoever makes it or connects to it."""
-        while len(self._known) >= _MOST_KNOWN:
-            self._known.pop(next(iter(self._known)), None)
-        self._known[sandbox.sandbox_id] = sandbox
+        _keep(self._known, sandbox.sandbox_id, sandbox)
 
     def expect_end(self, e2b_id: str, in_s: float) -> None:
         """E2B was asked to end it then. Afterwards it does not say why a sandbox is gone."""
-        while len(self._ends) >= _MOST_KNOWN:
-            self._ends.pop(next(iter(self._ends)), None)
-        self._ends[e2b_id] = self._clock() + in_s
+        _keep(self._ends, e2b_id, self._clock() + in_s)
 
     def is_due(self, e2b_id: str) -> bool:
         """Whether its end, as far as this process knows of it, is past."""
@@ -184,6 +180,13 @@ def translated(doing: str, verb: Callable[[], T]) -> T:
         if not is_vendors(error):
             raise
         raise translate(error, doing) from None
+
+
+def _keep(known: dict[str, T], e2b_id: str, value: T) -> None:
+    """The oldest gives way."""
+    while len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
+    known[e2b_id] = value
 
 
 def _check_process() -> None:

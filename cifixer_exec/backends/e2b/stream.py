@@ -17,6 +17,7 @@ from e2b import AsyncSandbox, CommandExitException
 from cifixer_exec.backends.e2b.account import KEEP_S, Account
 from cifixer_exec.backends.e2b.machines import BRIDGE, NO_PROFILE
 from cifixer_exec.backends.e2b.vendor_errors import GONE, NO_ANSWER, is_vendors, translate
+from cifixer_exec.backends.outgoing import Outgoing
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.channel.transport import MOST_WAITING_BYTES
 from cifixer_exec.errors import BackendUnavailableError
@@ -49,11 +50,7 @@ class BridgeTransport:
         self._taken.set()
         self._over: BaseException | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._outgoing: deque[memoryview] = deque()
-        self._writer: asyncio.Task[None] | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._broken: Exception | None = None
+        self._outgoing = Outgoing(self._write, most_bytes=_MOST_INPUT_BYTES, failures=(Exception,))
         self._closed = False
 
     async def begin(self, handle: Any) -> None:
@@ -105,7 +102,7 @@ class BridgeTransport:
             self._over = self._over or error
         finally:
             self._changed.set()
-            self._idle.set()
+            self._outgoing.let_go()
 
     async def receive(self) -> bytes:
         while not self._received:
@@ -125,43 +122,29 @@ class BridgeTransport:
         raise ConnectionError(f"the connection to the sandbox broke: {self._said.strip() or self._over}")
 
     def send(self, data: bytes) -> None:
-        if self._broken is not None or self._over is not None or self._closed:
-            return
-        view = memoryview(data)
-        self._outgoing.extend(view[at : at + _MOST_INPUT_BYTES] for at in range(0, len(view), _MOST_INPUT_BYTES))
-        self._idle.clear()
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.get_running_loop().create_task(self._write())
+        if self._over is None:
+            self._outgoing.add(data)
 
     async def drain(self) -> None:
-        await self._idle.wait()
-        if self._broken is not None or self._over is not None or self._closed:
-            raise ConnectionResetError("the connection was lost") from self._broken
+        await self._outgoing.emptied()
+        if self._over is not None:
+            raise ConnectionResetError("the connection was lost") from self._outgoing.broken
 
-    async def _write(self) -> None:
+    async def _write(self, parts: list[memoryview]) -> None:
         try:
-            while self._outgoing:
-                parts = [self._outgoing.popleft()]
-                size = len(parts[0])
-                while self._outgoing and size + len(self._outgoing[0]) <= _MOST_INPUT_BYTES:
-                    parts.append(self._outgoing.popleft())
-                    size += len(parts[-1])
-                await self._handle.send_stdin(b"".join(parts))
-        except Exception as error:  # noqa: BLE001  # as in _watch; whether the bytes went in is not known, so this stream is over
-            self._broken = error
+            await self._handle.send_stdin(b"".join(parts))
+        except Exception as error:  # as in _watch; whether the bytes went in is not known, so this stream is over
             self._over = self._over or error
-            self._outgoing.clear()
             self._changed.set()
-        finally:
-            self._idle.set()
+            raise
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._outgoing.clear()
+        self._outgoing.drop()
         self._over = self._over or ConnectionError("the connection was closed")
-        for event in (self._changed, self._idle, self._taken):
+        for event in (self._changed, self._taken):
             event.set()
         if self._handle is not None:
             task = asyncio.get_running_loop().create_task(self._say_farewell())
@@ -170,7 +153,7 @@ class BridgeTransport:
 
     async def _say_farewell(self) -> None:
         """End the bridge too, which does not hear that nobody listens; where that fails, the runner ends it when the next owner comes."""
-        tasks = [task for task in (self._writer, self._watcher) if task is not None]
+        tasks = [task for task in (self._outgoing.writer, self._watcher) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

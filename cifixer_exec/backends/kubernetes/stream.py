@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlencode
@@ -18,6 +17,7 @@ import aiohttp
 
 from cifixer_exec.backends.kubernetes.cluster import Cluster, path_in
 from cifixer_exec.backends.kubernetes.refusals import RefusedError
+from cifixer_exec.backends.outgoing import Outgoing
 from cifixer_exec.backends.threads import asking
 from cifixer_exec.errors import BackendUnavailableError
 
@@ -64,11 +64,7 @@ class ExecTransport:
         connection = socket._response.connection
         #: Kept, because aiohttp forgets it when the server closes, and leaves a TLS connection open behind the end of the loop.
         self._wire = connection.transport if connection is not None else None
-        self._outgoing: deque[memoryview] = deque()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._writer: asyncio.Task[None] | None = None
-        self._broken: Exception | None = None
+        self._outgoing = Outgoing(self._write, most_bytes=_MOST_MESSAGE_BYTES, failures=(OSError, aiohttp.ClientError))
         self._said = b""
         self._rest = b""
         #: Told by the server before the end.
@@ -126,18 +122,13 @@ class ExecTransport:
         return b""
 
     def send(self, data: bytes) -> None:
-        if self._broken is not None or self._socket.closed:
-            return
-        view = memoryview(data)
-        self._outgoing.extend(view[at : at + _MOST_MESSAGE_BYTES] for at in range(0, len(view), _MOST_MESSAGE_BYTES))
-        self._idle.clear()
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.get_running_loop().create_task(self._write())
+        if self._outgoing.broken is None and not self._socket.closed:
+            self._outgoing.add(data)
 
     async def drain(self) -> None:
-        await self._idle.wait()
-        if self._broken is not None or self._socket.closed:
-            raise ConnectionResetError("the connection was lost") from self._broken
+        await self._outgoing.emptied()
+        if self._outgoing.broken is not None or self._socket.closed:
+            raise ConnectionResetError("the connection was lost") from self._outgoing.broken
 
     async def send_eof(self) -> None:
         """End standard input, where the protocol can. Raises OSError when the connection broke."""
@@ -147,30 +138,16 @@ class ExecTransport:
 
     def close(self) -> None:
         """The program sees the end of its input."""
-        self._outgoing.clear()
-        if self._writer is not None:
-            self._writer.cancel()
-        self._idle.set()
+        self._outgoing.drop()
+        if self._outgoing.writer is not None:
+            self._outgoing.writer.cancel()
         # Its own close() waits for the server, and the loop may be about to end.
         if self._wire is not None:
             self._wire.abort()
         self._socket._response.close()
 
-    async def _write(self) -> None:
-        try:
-            while self._outgoing:
-                # Small ones together: each message costs as much as some kilobytes.
-                parts, size = [self._outgoing.popleft()], 0
-                size = len(parts[0])
-                while self._outgoing and size + len(self._outgoing[0]) <= _MOST_MESSAGE_BYTES:
-                    parts.append(self._outgoing.popleft())
-                    size += len(parts[-1])
-                await self._socket.send_bytes(b"".join((_STDIN_BYTE, *parts)))
-        except (OSError, aiohttp.ClientError) as error:
-            self._broken = error
-            self._outgoing.clear()
-        finally:
-            self._idle.set()
+    async def _write(self, parts: list[memoryview]) -> None:
+        await self._socket.send_bytes(b"".join((_STDIN_BYTE, *parts)))
 
 
 async def exec_in(cluster: Cluster, *, pod: str, container: str, command: Sequence[str]) -> ExecTransport:
